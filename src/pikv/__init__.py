@@ -1,0 +1,24 @@
+"""PiKV: a smaller, faster key-value cache for Hugging Face models, with measured quality."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pikv.hf.cache import PiKVCache
+    from pikv.presses.registry import get_press, list_presses
+
+__version__ = "0.1.0"
+__all__ = ["PiKVCache", "get_press", "list_presses"]
+
+_LAZY = {"PiKVCache": "pikv.hf.cache", "get_press": "pikv.presses.registry", "list_presses": "pikv.presses.registry"}
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import; `pikv --help` should not.
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pikv' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

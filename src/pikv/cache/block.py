@@ -1,0 +1,114 @@
+"""A block of cache rows that hold equally many tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GROWTH_SHARE = 8  # an overfull block grows by an eighth, so that appending stays O(1) per token on average
+_GROWTH_MIN = 16
+_FIRST_SLACK_SHARE = 128  # room left beside tokens that were just stored: under 1% of their bytes
+
+
+def first_capacity(length: int) -> int:
+    """Tokens to allocate for ``length`` tokens that are stored at once."""
+    return length + length // _FIRST_SLACK_SHARE
+
+
+def grown_capacity(length: int) -> int:
+    """Tokens to allocate when a block has outgrown its capacity."""
+    return length + max(_GROWTH_MIN, length // _GROWTH_SHARE)
+
+
+@dataclass(eq=False)
+class RowBlock:
+    """``n`` rows of one layer, each with ``length`` tokens in a storage of ``capacity`` tokens.
+
+    ``rows`` are the rows' numbers ``[n]`` (``r = b * G + g``), ascending; ``keys`` is ``[n, capacity, D]``, ``values``
+    ``[n, capacity, Dv]``. ``positions`` is ``[n, capacity]`` (int32), or None as long as nothing was evicted: then every row
+    holds the tokens 0 to ``length - 1``. Slots from ``length`` on are not initialised.
+    """
+
+    rows: list[int]
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.keys, self.values) if self.positions is None else (self.keys, self.values, self.positions)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def kept_positions(self) -> Tensor:
+        """The original positions of the tokens, ``[n, length]`` (int32)."""
+        if self.positions is not None:
+            return self.positions[:, : self.length]
+        counting = torch.arange(self.length, dtype=torch.int32, device=self.keys.device)
+        return counting.expand(len(self.rows), -1)
+
+    def gather(self, members: list[int], indices: Tensor, capacity: int) -> "RowBlock":
+        """Copies some members' tokens into a new block.
+
+        ``members`` number rows within this block, ``indices`` ``[m, length]`` the tokens to take of each, ascending.
+        """
+        count, length = indices.shape
+        offsets = torch.tensor(members, device=indices.device).unsqueeze(1) * self.capacity
+        flat = (offsets + indices).flatten()
+        prefix = self.positions is None and (length == 0 or int(indices[:, -1].max()) == length - 1)
+        # Indices that end at length - 1 are 0 .. length - 1: the rows are still gapless prefixes and need no positions.
+        positions = None
+        if not prefix:
+            positions = _spread(self.kept_positions()[members].gather(1, indices), capacity)
+        return RowBlock(
+            rows=[self.rows[member] for member in members],
+            keys=_take(self.keys, flat, count, length, capacity),
+            values=_take(self.values, flat, count, length, capacity),
+            positions=positions,
+            length=length,
+        )
+
+    def reserve(self, capacity: int) -> None:
+        """Moves the tokens into a storage of ``capacity`` tokens."""
+        self.keys = _spread(self.keys[:, : self.length], capacity)
+        self.values = _spread(self.values[:, : self.length], capacity)
+        if self.positions is not None:
+            self.positions = _spread(self.positions[:, : self.length], capacity)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Writes ``t`` new tokens behind the old ones: ``keys`` and ``values`` ``[n, t, D]``, ``positions`` ``[n, t]``."""
+        end = self.length + keys.shape[1]
+        if end > self.capacity:
+            self.reserve(grown_capacity(end) if self.length else first_capacity(end))
+        self.keys[:, self.length : end] = keys
+        self.values[:, self.length : end] = values
+        if self.positions is not None:
+            self.positions[:, self.length : end] = positions
+        self.length = end
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from ``length`` on; the storage stays for those that come next."""
+        self.length = length
+
+
+def _spread(tokens: Tensor, capacity: int) -> Tensor:
+    """Copies ``[n, length, ...]`` into a new ``[n, capacity, ...]`` whose further slots are not initialised."""
+    storage = tokens.new_empty((tokens.shape[0], capacity, *tokens.shape[2:]))
+    storage[:, : tokens.shape[1]] = tokens
+    return storage
+
+
+def _take(tokens: Tensor, flat: Tensor, count: int, length: int, capacity: int) -> Tensor:
+    """Takes tokens by their flat indices ``[count * length]`` into a new ``[count, capacity, D]``."""
+    dim = tokens.shape[-1]
+    rows = tokens.view(tokens.shape[0] * tokens.shape[1], dim)
+    if capacity == length:
+        return rows.index_select(0, flat).view(count, length, dim)
+    storage = tokens.new_empty((count, capacity, dim))
+    for member in range(count):  # straight into place: no second copy of what may be most of the cache
+        torch.index_select(rows, 0, flat[member * length : (member + 1) * length], out=storage[member, :length])
+    return storage

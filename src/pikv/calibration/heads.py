@@ -1,0 +1,146 @@
+"""Which KV heads retrieve? Measured on the model itself, offline, without training (cf. DuoAttention, arXiv 2410.10819).
+
+The model reads a text with hidden records and the questions about them, answered. A head that retrieves attends, where an
+answer is about to be given, to the record that holds it. That mass is the head's score. Heads that stand in for each
+other all score high, which taking heads away one by one would miss.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from pikv.hf.cache import PiKVCache
+from pikv.hf.hooks import ObservedCall, observe
+from pikv.tasks.retrieval import make_retrieval
+
+_NUM_SAMPLES = 3
+_NUM_RECORDS = 16
+_NUM_WORDS = 512
+
+_found: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+
+def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) -> Tensor:
+    """Scores every KV head of ``model`` between 0 (looks elsewhere) and 1 (looks at the answer).
+
+    Without a ``tokenizer`` the one saved beside the model is used; without that, random tokens that repeat stand in for the
+    text. The result is remembered for the model object.
+
+    Returns:
+        ``[num_layers, G]`` (float32, CPU); layers that cannot be compressed score 0
+    """
+    if tokenizer is None and model in _found:
+        return _found[model]
+    texts = tokenizer or _tokenizer_of(model)
+    rng = random.Random(seed)
+    samples = [_random_sample(rng, model) if texts is None else _text_sample(rng, texts) for _ in range(_NUM_SAMPLES)]
+    scores = torch.stack([_measure(model, *sample) for sample in samples]).mean(0)
+    if tokenizer is None:
+        _found[model] = scores
+    return scores
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer that was saved beside the model, if there is one on this machine."""
+    try:
+        return AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+Probe = tuple[int, int, int]
+"""A query's token number, and where the tokens that it should attend to begin and end."""
+
+
+def _text_sample(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[Probe]]:
+    """A retrieval text with all its questions answered; probes are the tokens before each answer token."""
+    sample = make_retrieval(rng, num_words=_NUM_WORDS, num_records=_NUM_RECORDS)
+    text, places = sample.context, []
+    for question in sample.questions:
+        text += f" {question.prompt}"
+        start = len(text) + 1
+        text += f" {question.answer}"
+        places.append((start, len(text), question))
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+
+    def tokens_within(start: int, end: int) -> list[int]:
+        return [index for index, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
+
+    probes = []
+    for start, end, question in places:
+        record = tokens_within(question.record_start, question.record_end)
+        probes += [(token - 1, record[0], record[-1] + 1) for token in tokens_within(start, end)]
+    return encoded["input_ids"], probes
+
+
+def _random_sample(rng: random.Random, model: Any) -> tuple[list[int], list[Probe]]:
+    """Random tokens, twice; a query of the second half should attend to what followed its token in the first."""
+    half = rng.choices(range(model.config.get_text_config(decoder=True).vocab_size), k=_NUM_WORDS // 4)
+    probes = [(len(half) + index, index + 1, index + 2) for index in range(len(half) - 1)]
+    return half + half, probes
+
+
+@torch.no_grad()
+def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> Tensor:
+    """Mean attention mass from the probes' queries to their targets, the best query head of each KV head, ``[layers, G]``."""
+    config = model.config.get_text_config(decoder=True)
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    scores = torch.zeros(config.num_hidden_layers, num_heads)
+    queries, starts, ends = (torch.tensor(column) for column in zip(*probes, strict=True))
+    slots = torch.arange(len(token_ids))
+    target = (slots >= starts.unsqueeze(1)) & (slots < ends.unsqueeze(1))
+    future = slots > queries.unsqueeze(1)
+
+    def after_attention(observed: ObservedCall) -> None:
+        call = observed.call
+        keys = call.rows.padded().keys[0].float().unsqueeze(1)
+        picked = call.queries[0, :, queries].float().unflatten(0, (keys.shape[0], -1))
+        logits = picked @ keys.transpose(2, 3) * call.scaling
+        weights = logits.masked_fill(future.to(logits.device), float("-inf")).softmax(-1)
+        mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
+        scores[call.layer_idx] = mass.amax(1).cpu()
+
+    with observe(model, before_forward=lambda num_new, cache: None, after_attention=after_attention):
+        inputs = torch.tensor([token_ids], device=model.device)
+        model(inputs, past_key_values=PiKVCache(model.config), use_cache=True, logits_to_keep=1)
+    return scores
+
+
+def save_head_scores(path: str | Path, scores: Tensor, config: Any) -> None:
+    """Writes head scores ``[num_layers, G]`` with the kind of model they belong to."""
+    save_file({"head_scores": scores.contiguous()}, str(path), metadata={"model_type": config.model_type})
+
+
+def load_head_scores(path: str | Path, config: Any) -> Tensor:
+    """Reads head scores from ``.safetensors`` (ours) or a table of numbers (DuoAttention's ``full_attention_heads.tsv``).
+
+    Raises:
+        ValueError: if the file cannot be read, or was made for a model of another kind or shape.
+    """
+    config = config.get_text_config(decoder=True)
+    expected = (config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(str(path), framework="pt") as file:
+                scores: Tensor = file.get_tensor("head_scores")
+                metadata = file.metadata() or {}
+        else:
+            scores, metadata = torch.from_numpy(np.loadtxt(path, ndmin=2)).float(), {}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"cannot read head scores from {path}: {error}") from error
+    if tuple(scores.shape) != expected or metadata.get("model_type", config.model_type) != config.model_type:
+        raise ValueError(
+            f"{path} holds head scores of shape {tuple(scores.shape)} for {metadata.get('model_type', 'some model')}; "
+            f"this {config.model_type} needs {expected}"
+        )
+    return scores

@@ -1,0 +1,97 @@
+"""Hooks on a model, installed for the time of a ``with`` block and always undone."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pikv.hf.attention import AttentionCall, add_observer, attach, remove_observer
+from pikv.hf.cache import PiKVCache, is_empty_dynamic
+from pikv.hf.support import attention_modules, check_supported
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObservedCall:
+    """One attention call and the hidden states ``[B, T, hidden]`` that its module was given."""
+
+    call: AttentionCall
+    hidden_states: Tensor
+
+
+@contextmanager
+def observe(
+    model: Any, *, before_forward: Callable[[int, PiKVCache], None], after_attention: Callable[[ObservedCall], None]
+) -> Iterator[None]:
+    """Gives every forward pass of ``model`` a PiKVCache, and reports it.
+
+    ``before_forward(num_new, cache)`` is called with the number of input columns before anything is computed and may
+    raise; ``after_attention`` after each ragged layer's attention. Empty caches that transformers makes become PiKVCaches.
+
+    Raises:
+        ValueError: if the architecture is not supported, before anything is installed.
+    """
+    check_supported(model)
+    attach(model.config)
+    hidden_states: dict[nn.Module, Tensor] = {}
+    signature = inspect.signature(model.forward)
+
+    def enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+        use_cache = given.get("use_cache")
+        if use_cache is False or (use_cache is None and not getattr(model.config, "use_cache", True)):
+            return (), given
+        cache = given.get("past_key_values")
+        if cache is None:
+            cache = PiKVCache(model.config)
+        elif is_empty_dynamic(cache):
+            PiKVCache.adopt(cache, model.config)
+        elif not isinstance(cache, PiKVCache):
+            raise ValueError(
+                f"a press works on a PiKVCache or on an empty DynamicCache, not on a {type(cache).__name__} "
+                f"of {cache.get_seq_length()} tokens"
+            )
+        num_new = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        if num_new == 0:
+            raise ValueError("the input is empty")
+        before_forward(num_new, cache)
+        return (), {**given, "past_key_values": cache}
+
+    def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states[module] = args[0] if args else kwargs["hidden_states"]
+
+    def leave_attention(call: AttentionCall) -> None:
+        after_attention(ObservedCall(call=call, hidden_states=hidden_states.pop(call.module)))
+
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
+        for module in attention_modules(model).values():
+            undo.callback(module.register_forward_pre_hook(enter_attention, with_kwargs=True).remove)
+            add_observer(module, leave_attention)
+            undo.callback(remove_observer, module, leave_attention)
+        undo.enter_context(_without_beam_search(model))
+        yield
+
+
+@contextmanager
+def _without_beam_search(model: Any) -> Iterator[None]:
+    """Lets ``model.generate`` refuse beam search before it computes anything."""
+    generate = getattr(model, "generate", None)
+    if generate is None or "generate" in vars(model):  # an outer block guards it already
+        yield
+        return
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or model.generation_config
+        num_beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
+        if num_beams > 1:
+            raise ValueError("beam search is not supported on a compressed cache; use num_beams=1")
+        return generate(*args, **kwargs)
+
+    model.generate = guarded
+    try:
+        yield
+    finally:
+        del model.generate

@@ -1,0 +1,5 @@
+"""Models: the bundled demo model."""
+
+from pikv.models.demo import load_demo
+
+__all__ = ["load_demo"]

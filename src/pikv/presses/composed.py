@@ -1,0 +1,41 @@
+"""Several presses, one after the other."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from pikv.presses.base import BasePress, Stage
+
+
+class ComposedPress(BasePress):
+    """Applies presses from left to right in every layer; each ratio refers to what the press before left."""
+
+    def __init__(self, presses: Sequence[BasePress]) -> None:
+        super().__init__()
+        if not presses:
+            raise ValueError("ComposedPress needs at least one press")
+        self.presses = list(presses)
+
+    @property
+    def compression_ratio(self) -> float:
+        return 1 - prod(1 - press.compression_ratio for press in self.presses)
+
+    def bind(self, model: Any) -> list[Stage]:
+        return [stage for press in self.presses for stage in press.bind(model)]
+
+    def smallest(self, num_tokens: int) -> int:
+        for press in self.presses:
+            num_tokens = press.smallest(num_tokens)
+        return num_tokens
+
+    def get_stats(self) -> dict[str, Any]:
+        """As for one press, and under ``presses`` what each of them says of itself."""
+        return {**super().get_stats(), "presses": [press.get_stats() for press in self.presses]}
+
+    def reset_stats(self) -> None:
+        super().reset_stats()
+        for press in self.presses:
+            press.reset_stats()
+
+    def __repr__(self) -> str:
+        return f"ComposedPress([{', '.join(map(repr, self.presses))}])"

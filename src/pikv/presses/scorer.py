@@ -1,0 +1,46 @@
+"""Presses made of one scorer and one budget."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pikv.budget.base import Budget
+from pikv.budget.select import select
+from pikv.budget.uniform import UniformBudget
+from pikv.presses.base import BasePress, check_ratio
+from pikv.scoring.base import LayerView, Scorer
+
+
+class ScorerPress(BasePress):
+    """Keeps the tokens that a scorer ranks highest, as many per row as a budget allows.
+
+    ``compression_ratio`` is the share of the tokens to remove (0 <= ratio < 1); ``budget``, in its place, the number of
+    tokens to keep per KV head.
+    """
+
+    def __init__(self, scorer: Scorer, compression_ratio: float = 0.5, *, budget: int | None = None) -> None:
+        super().__init__()
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget must be at least 1 token per KV head, not {budget}")
+        self.scorer = scorer
+        self.budget: Budget = UniformBudget(check_ratio(compression_ratio), budget)
+        self._ratio = None if budget is not None else float(compression_ratio)
+
+    @property
+    def compression_ratio(self) -> float:
+        """The ratio set; with a ``budget`` in tokens the share that was removed since the last reset of the statistics."""
+        return float(self.get_stats()["compression_ratio"]) if self._ratio is None else self._ratio
+
+    def scores(self, view: LayerView, counts: Tensor) -> Tensor:
+        """Scores ``[B, G, L]`` of a layer's tokens, of which ``counts`` ``[B, G]`` will stay."""
+        return self.scorer.score(view)
+
+    def compress(self, view: LayerView) -> Sequence[Tensor] | None:
+        lengths = view.kept.lengths
+        counts = self.budget.counts(view)
+        if bool((counts == lengths).all()):
+            return None
+        return select(self.scores(view, counts), counts, lengths)
+
+    def smallest(self, num_tokens: int) -> int:
+        return self.budget.smallest(num_tokens)

@@ -1,0 +1,75 @@
+"""Where presses, the cache and the model meet: one press at work on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pikv.cache.rows import RaggedRows
+from pikv.hf.cache import PiKVCache
+from pikv.hf.hooks import ObservedCall, observe
+from pikv.scheduling.after_prefill import AfterPrefill
+from pikv.scoring.base import LayerView
+
+if TYPE_CHECKING:
+    from pikv.presses.base import BasePress, Stage
+
+
+@contextmanager
+def apply(press: BasePress, model: Any) -> Iterator[None]:
+    """Lets ``press`` compress the caches of ``model`` until the block ends."""
+    stages = press.bind(model)
+    scheduler = AfterPrefill()
+
+    def before_forward(num_new: int, cache: PiKVCache) -> None:
+        num_tokens = cache.get_seq_length() + num_new
+        if scheduler.should_act(num_new) and press.smallest(num_tokens) < 1:
+            raise ValueError(f"{press!r} would keep no token of a context of {num_tokens}; lower the ratio")
+
+    def after_attention(observed: ObservedCall) -> None:
+        if scheduler.should_act(observed.call.queries.shape[2]):
+            compress_layer(press, stages, observed, num_layers=model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    with observe(model, before_forward=before_forward, after_attention=after_attention):
+        yield
+
+
+@torch.no_grad()
+def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall, num_layers: int) -> None:
+    """Takes every stage's decision about one layer and carries it out.
+
+    The first stage's ratio refers to all tokens seen, so that a conversation that is compressed turn by turn ends up with the
+    same share as one that is compressed at once; every further one's to what the stage before left.
+    """
+    rows = observed.call.rows
+    num_given = int(rows.lengths.sum())
+    given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
+    for stage in stages:
+        kept = stage(view_of(observed, rows, given, num_layers))
+        if kept is not None:
+            rows.keep(kept)
+        given = rows.lengths
+    press.record(observed.call.layer_idx, num_given, int(rows.lengths.sum()))
+
+
+def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor, num_layers: int) -> LayerView:
+    """What a stage is shown of a layer."""
+    call = observed.call
+    batch, _, num_new, _ = call.queries.shape
+    real = call.real
+    if real is None:
+        real = torch.ones((batch, num_new), dtype=torch.bool, device=call.queries.device)
+    return LayerView(
+        layer_idx=call.layer_idx,
+        num_layers=num_layers,
+        kept=rows.padded(),
+        queries=call.queries.detach(),
+        hidden_states=observed.hidden_states.detach(),
+        real=real,
+        scaling=call.scaling,
+        seen=torch.tensor(rows.seen),
+        given=given,
+    )

@@ -1,0 +1,18 @@
+"""SnapKV: what the last queries attend to stays."""
+
+from pikv.presses.scorer import ScorerPress
+from pikv.scoring.window import WindowScorer
+
+
+class SnapKVPress(ScorerPress):
+    """Keeps what the last queries attend to (SnapKV, arXiv 2404.14469).
+
+    Strong when the question ends the context (``window_size`` tokens); blind to questions that come later.
+    """
+
+    def __init__(
+        self, compression_ratio: float = 0.5, *, window_size: int = 32, kernel_size: int = 5, budget: int | None = None
+    ) -> None:
+        if window_size < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError("window_size must be at least 1, kernel_size odd and at least 1")
+        super().__init__(WindowScorer(window_size, kernel_size), compression_ratio, budget=budget)

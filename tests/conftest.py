@@ -1,0 +1,35 @@
+"""Shared fixtures: tiny random models, and memory that shows when it is read before it is written."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tiny import FAMILIES, build
+
+torch.set_num_threads(2)
+# With deterministic algorithms torch fills uninitialised memory with NaN, so reading a free slot spoils the result.
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    """A tiny random model of every family."""
+    return build(request.param)
+
+
+@pytest.fixture
+def llama():
+    """A tiny random Llama with grouped queries."""
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model and its tokenizer."""
+    from pikv.models import load_demo
+
+    return load_demo()

@@ -1,0 +1,60 @@
+"""Every press against the oracle, and sequences of a batch against themselves alone."""
+
+import pytest
+import torch
+from cases import PRESSES, every_press
+
+from oracle import oracle_logits, run_turns
+from tiny import batch_of
+
+LENGTHS = [[65], [64, 33, 47]]
+
+
+def assert_matches_oracle(model, press, turns, steps=16):
+    ids, mask, logits, evictions, cache = run_turns(model, press, turns, steps)
+    expected = oracle_logits(model, ids, mask, evictions)[:, -steps - 1 :]
+    # The last turn's own output came before its compression.
+    evictions_before = evictions[:-1]
+    torch.testing.assert_close(
+        logits[:, 0], oracle_logits(model, ids, mask, evictions_before)[:, -steps - 1], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(logits[:, 1:], expected[:, 1:], atol=1e-4, rtol=0)
+    return cache
+
+
+@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@every_press
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_decoding_matches_the_oracle(model, press, lengths):
+    cache = assert_matches_oracle(model, press(), [batch_of(lengths)])
+    removed = cache.get_seq_length() * len(lengths) * 4 > sum(int(cache.lengths(layer).sum()) for layer in range(3)) // 3
+    assert removed or press is PRESSES["none"]
+
+
+@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@every_press
+def test_several_turns_match_the_oracle(model, press):
+    turns = [batch_of([65, 40, 52]), batch_of([7, 9, 2], seed=1), batch_of([33, 31, 33], seed=2)]
+    assert_matches_oracle(model, press(), turns, steps=4)
+
+
+@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@every_press
+def test_a_sequence_in_a_batch_is_what_it_is_alone(model, press):
+    lengths = [64, 33, 47]
+    ids, mask = batch_of(lengths)
+    _, _, together, _, cache = run_turns(model, press(), [(ids, mask)])
+    for b, length in enumerate(lengths):
+        alone = (ids[b : b + 1, -length:], mask[b : b + 1, -length:])
+        _, _, expected, _, cache_alone = run_turns(model, press(), [alone])
+        torch.testing.assert_close(together[b], expected[0], atol=1e-4, rtol=0)
+        for layer in range(3):
+            for in_batch, by_itself in zip(cache.positions(layer)[b], cache_alone.positions(layer)[0], strict=True):
+                assert in_batch.tolist() == by_itself.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@every_press
+def test_the_demo_model_matches_the_oracle(demo, press):
+    model, tokenizer = demo
+    assert_matches_oracle(model, press(), [batch_of([130, 90, 127], vocabulary=len(tokenizer))])
