@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pikv.attention.parts import attend_in_parts, can_attend_in_parts
 from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows
 
 _QUERY_BLOCK = 128  # queries that share one causal mask; bounds the mask to a strip of the cache
+_MIN_SPLIT_LENGTH = 1024  # below, a further call costs more than a second thread saves
 
 
 def attend_rows(queries: Tensor, rows: RaggedRows, scaling: float, real: Tensor | None = None) -> Tensor:
@@ -28,7 +30,7 @@ def attend_rows(queries: Tensor, rows: RaggedRows, scaling: float, real: Tensor 
     output = queries.new_zeros((*queries.shape[:3], rows.blocks[0].values.shape[-1]))
     for block in rows.blocks:
         if real is None:
-            output[block.rows] = _attend_block(queries[block.rows], block, scaling)
+            output[block.selector] = _attend_block(queries[block.selector], block, scaling)
             continue
         # Rows of one block have equally many real queries, though perhaps in different columns.
         columns = [real[row // heads].nonzero().flatten() for row in block.rows]
@@ -48,6 +50,9 @@ def _attend_block(queries: Tensor, block: RowBlock, scaling: float) -> Tensor:
     if num_new == 1:
         # The query heads that share a KV head stand in for a sequence of queries: each key is read once for all of them.
         folded = queries.transpose(1, 2)
+        num_parts = _parts_of(block)
+        if num_parts > 1:
+            return attend_in_parts(folded, keys, values, scaling, num_parts).transpose(1, 2)
         return scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scaling).transpose(1, 2)
     group = queries.shape[1]
     keys, values = keys.unsqueeze(1).expand(-1, group, -1, -1), values.unsqueeze(1).expand(-1, group, -1, -1)
@@ -63,3 +68,10 @@ def _attend_block(queries: Tensor, block: RowBlock, scaling: float) -> Tensor:
             )
         )
     return torch.cat(strips, dim=2)
+
+
+def _parts_of(block: RowBlock) -> int:
+    """Into how many parts to cut each row: the CPU kernel gives a row to one thread, and would leave the others idle."""
+    if block.keys.device.type != "cpu" or block.length < _MIN_SPLIT_LENGTH or not can_attend_in_parts(block):
+        return 1
+    return max(1, torch.get_num_threads() // len(block.rows))

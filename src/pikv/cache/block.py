@@ -1,6 +1,7 @@
 """A block of cache rows that hold equally many tokens."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class RowBlock:
 
     ``rows`` are the rows' numbers ``[n]`` (``r = b * G + g``), ascending; ``keys`` is ``[n, capacity, D]``, ``values``
     ``[n, capacity, Dv]``. ``positions`` is ``[n, capacity]`` (int32), or None as long as nothing was evicted: then every row
-    holds the tokens 0 to ``length - 1``. Slots from ``length`` on are not initialised.
+    holds the tokens 0 to ``length - 1``, and the next is ``length``. Slots from ``length`` on are not initialised.
     """
 
     rows: list[int]
@@ -44,6 +45,13 @@ class RowBlock:
         tensors = (self.keys, self.values) if self.positions is None else (self.keys, self.values, self.positions)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
+    @cached_property
+    def selector(self) -> slice | Tensor:
+        """Indexes this block's rows in a tensor of all rows ``[R, ...]``; a slice, hence a view, where they are neighbours."""
+        if self.rows[-1] - self.rows[0] == len(self.rows) - 1:
+            return slice(self.rows[0], self.rows[-1] + 1)
+        return torch.tensor(self.rows, device=self.keys.device)
+
     def kept_positions(self) -> Tensor:
         """The original positions of the tokens, ``[n, length]`` (int32)."""
         if self.positions is not None:
@@ -59,10 +67,8 @@ class RowBlock:
         count, length = indices.shape
         offsets = torch.tensor(members, device=indices.device).unsqueeze(1) * self.capacity
         flat = (offsets + indices).flatten()
-        prefix = self.positions is None and (length == 0 or int(indices[:, -1].max()) == length - 1)
-        # Indices that end at length - 1 are 0 .. length - 1: the rows are still gapless prefixes and need no positions.
         positions = None
-        if not prefix:
+        if self.positions is not None or length < self.length:
             positions = _spread(self.kept_positions()[members].gather(1, indices), capacity)
         return RowBlock(
             rows=[self.rows[member] for member in members],
@@ -79,15 +85,21 @@ class RowBlock:
         if self.positions is not None:
             self.positions = _spread(self.positions[:, : self.length], capacity)
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Writes ``t`` new tokens behind the old ones: ``keys`` and ``values`` ``[n, t, D]``, ``positions`` ``[n, t]``."""
+    def append(self, keys: Tensor, values: Tensor, seen: list[int]) -> None:
+        """Writes ``t`` new tokens behind the old ones: ``keys`` and ``values`` ``[n, t, D]``.
+
+        ``seen`` says how many tokens each member's sequence had seen before: their positions go on from there.
+        """
         end = self.length + keys.shape[1]
         if end > self.capacity:
             self.reserve(grown_capacity(end) if self.length else first_capacity(end))
         self.keys[:, self.length : end] = keys
         self.values[:, self.length : end] = values
         if self.positions is not None:
-            self.positions[:, self.length : end] = positions
+            # One sequence, or several that are equally long, share their positions.
+            starts = seen[:1] if len(set(seen)) == 1 else seen
+            first = torch.tensor(starts, dtype=torch.int32, device=keys.device).unsqueeze(1)
+            self.positions[:, self.length : end] = first + torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
         self.length = end
 
     def truncate(self, length: int) -> None:

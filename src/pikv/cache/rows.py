@@ -1,7 +1,8 @@
 """The ragged rows of one layer: every KV head of every sequence has its own length."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +99,9 @@ class RaggedRows:
         values = sample.values.new_zeros((num_rows, longest, sample.values.shape[-1]))
         positions = torch.full((num_rows, longest), -1, dtype=torch.int32, device=keys.device)
         for block in self.blocks:
-            keys[block.rows, : block.length] = block.keys[:, : block.length]
-            values[block.rows, : block.length] = block.values[:, : block.length]
-            positions[block.rows, : block.length] = block.kept_positions()
+            keys[block.selector, : block.length] = block.keys[:, : block.length]
+            values[block.selector, : block.length] = block.values[:, : block.length]
+            positions[block.selector, : block.length] = block.kept_positions()
         return PaddedRows(
             keys=keys.unflatten(0, shape),
             values=values.unflatten(0, shape),
@@ -114,6 +115,10 @@ class RaggedRows:
         ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. ``real`` ``[B, T]`` (bool) says which of the tokens are
         not padding; padding is not stored and has no position.
         """
+        with _plain_tensors():
+            self._append(keys, values, real)
+
+    def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
         batch, heads, num_new, _ = keys.shape
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         counts = [num_new] * batch if real is None else real.sum(1).tolist()
@@ -122,17 +127,13 @@ class RaggedRows:
         for block in self.blocks:
             sequences = [row // heads for row in block.rows]
             count = counts[sequences[0]]
-            starts = torch.tensor([self.seen[b] for b in sequences], dtype=torch.int32, device=keys.device)
-            positions = starts.unsqueeze(1) + torch.arange(count, dtype=torch.int32, device=keys.device)
-            everything = len(block.rows) == batch * heads
-            new_keys = keys if everything else keys[block.rows]
-            new_values = values if everything else values[block.rows]
+            new_keys, new_values = keys[block.selector], values[block.selector]
             if real is not None and count < num_new:
                 # Where every member has equally many real tokens, their columns form a rectangle.
                 columns = real[sequences].nonzero()[:, 1].view(len(sequences), count, 1)
                 new_keys = new_keys.gather(1, columns.expand(-1, -1, keys.shape[-1]))
                 new_values = new_values.gather(1, columns.expand(-1, -1, values.shape[-1]))
-            block.append(new_keys, new_values, positions)
+            block.append(new_keys, new_values, [self.seen[sequence] for sequence in sequences])
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
 
     def keep(self, indices: Sequence[Tensor]) -> None:
@@ -142,6 +143,10 @@ class RaggedRows:
         """
         if len(indices) != self.batch_size * self.num_kv_heads:
             raise ValueError(f"{len(indices)} index tensors for {self.batch_size * self.num_kv_heads} rows")
+        with _plain_tensors():
+            self._keep(indices)
+
+    def _keep(self, indices: Sequence[Tensor]) -> None:
         blocks = []
         for block in self.blocks:
             if all(len(indices[row]) == block.length for row in block.rows):
@@ -208,6 +213,13 @@ class RaggedRows:
             for members in by_count.values():
                 blocks.append(block.gather(members, everything.expand(len(members), -1), block.length))
         self.blocks = blocks
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Storage is made of plain tensors without gradients, so that it can be written to in and out of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _merge(blocks: list[RowBlock]) -> list[RowBlock]:

@@ -6,6 +6,7 @@ pass without one, goes to the implementation that the model had before.
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pikv.attention.capture import CaptureLogSumExp
 from pikv.attention.decode import attend_rows
 from pikv.cache.rows import RaggedRows
 
@@ -27,7 +29,8 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mas
 class AttentionCall:
     """What an attention module computed: queries ``[B, H, T, D]`` after RoPE, and the rows that hold its keys and values.
 
-    ``real`` ``[B, T]`` marks the columns that are not padding, None means all.
+    ``real`` ``[B, T]`` marks the columns that are not padding, None means all. ``logsumexp`` ``[B, H, T]`` is there where the
+    model's own kernel computed it.
     """
 
     module: nn.Module
@@ -36,6 +39,7 @@ class AttentionCall:
     queries: Tensor
     scaling: float
     real: Tensor | None
+    logsumexp: Tensor | None
 
 
 Observer = Callable[[AttentionCall], None]
@@ -81,14 +85,16 @@ def _attention_function(previous: str) -> Callable[..., Any]:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{type(module).__name__} uses {name!r}, which PiKV does not support")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = None
+        observers = _observers.get(module)
+        weights = capture = None
         if layer.step.is_first:
-            output, weights = _implementation(previous, module)(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
+            with (capture := CaptureLogSumExp()) if observers else nullcontext():
+                output, weights = _implementation(previous, module)(
+                    module, query, key, value, attention_mask, scaling=scaling, **kwargs
+                )
         else:
             output = attend_rows(query, layer.rows, scale, layer.step.real).transpose(1, 2)
-        if observers := _observers.get(module):
+        if observers:
             observers[-1](
                 AttentionCall(
                     module=module,
@@ -97,6 +103,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                     queries=query,
                     scaling=scale,
                     real=layer.step.real,
+                    logsumexp=capture.logsumexp if capture else None,
                 )
             )
         return output, weights

@@ -70,6 +70,7 @@ def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor, num_l
         hidden_states=observed.hidden_states.detach(),
         real=real,
         scaling=call.scaling,
+        logsumexp=call.logsumexp,
         seen=torch.tensor(rows.seen),
         given=given,
     )

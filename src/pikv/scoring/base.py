@@ -15,7 +15,8 @@ class LayerView:
 
     ``kept`` holds keys and values ``[B, G, L, D]`` and true positions ``[B, G, L]`` of the cached tokens. ``queries``
     ``[B, H, T, D]`` (after RoPE) and ``hidden_states`` ``[B, T, hidden]`` are those of the present forward pass, whose tokens
-    are the newest in the rows; ``real`` ``[B, T]`` says which of its columns are not padding. ``seen`` ``[B]`` counts the
+    are the newest in the rows; ``real`` ``[B, T]`` says which of its columns are not padding; ``logsumexp`` ``[B, H, T]``
+    is that of the queries' attention, where a kernel left it. ``seen`` ``[B]`` counts the
     tokens of each sequence so far, ``given`` ``[B, G]`` the tokens of each row that the share to remove refers to.
     """
 
@@ -26,6 +27,7 @@ class LayerView:
     hidden_states: Tensor
     real: Tensor
     scaling: float
+    logsumexp: Tensor | None
     seen: Tensor
     given: Tensor
 

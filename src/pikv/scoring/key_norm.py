@@ -10,4 +10,5 @@ class KeyNormScorer(Scorer):
     """Scores a token by the negated L2 norm of its key."""
 
     def score(self, view: LayerView) -> Tensor:
-        return -torch.linalg.vector_norm(view.kept.keys, dim=-1, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(view.kept.keys, dim=-1, dtype=torch.float32)
+        return -norms

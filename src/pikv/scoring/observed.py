@@ -10,4 +10,6 @@ class ObservedAttentionScorer(Scorer):
     """Scores a token by the attention mass that all queries of the present forward pass paid it."""
 
     def score(self, view: LayerView) -> Tensor:
-        return attention_mass(view.queries, view.kept.keys, view.kept.positions, view.query_positions, view.scaling)
+        return attention_mass(
+            view.queries, view.kept.keys, view.kept.positions, view.query_positions, view.scaling, view.logsumexp
+        )

@@ -1,5 +1,6 @@
 """Multi-needle retrieval: records scattered over filler text, asked for after the text."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -30,13 +31,20 @@ class Sample:
 
 
 def make_retrieval(
-    rng: random.Random, *, num_words: int, num_records: int, num_questions: int | None = None, noise: float = 0.0
+    rng: random.Random,
+    *,
+    num_words: int,
+    num_records: int,
+    num_questions: int | None = None,
+    noise: float = 0.0,
+    alike: bool = False,
 ) -> Sample:
     """Returns a context of exactly ``num_words`` words that hides ``num_records`` records, and questions about them.
 
     A record reads ``@ red fox 12 80 47``, its question ``? red fox``, its answer ``12 80 47``. ``noise`` is the share
     of filler words that are replaced by words which otherwise occur in records only. Without ``num_questions`` every
-    record is asked for, in random order.
+    record is asked for, in random order. ``alike`` draws the names from few adjectives and nouns, so that each of these words
+    occurs in several records and only the pair tells them apart.
 
     Raises:
         ValueError: if the records do not fit into ``num_words`` words, or more questions than records are wanted.
@@ -52,8 +60,7 @@ def make_retrieval(
     for index in range(num_filler if noise else 0):
         if rng.random() < noise:
             filler[index] = rng.choice(rng.choice((ADJECTIVES, NOUNS, NUMBERS)))
-    pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), num_records)
-    names = [f"{ADJECTIVES[pair // len(NOUNS)]} {NOUNS[pair % len(NOUNS)]}" for pair in pairs]
+    names = _draw_names(rng, num_records, alike)
     answers = [" ".join(rng.choices(NUMBERS, k=3)) for _ in names]
     places = sorted(rng.randint(0, num_filler) for _ in names)
 
@@ -88,6 +95,15 @@ def make_retrieval(
         for index in asked
     )
     return Sample(context=" ".join(pieces), questions=questions)
+
+
+def _draw_names(rng: random.Random, num_names: int, alike: bool) -> list[str]:
+    adjectives, nouns = list(ADJECTIVES), list(NOUNS)
+    if alike:
+        side = min(len(NOUNS), math.isqrt(2 * num_names) + 1)  # about twice as many pairs as names
+        adjectives, nouns = rng.sample(adjectives, side), rng.sample(nouns, side)
+    pairs = rng.sample(range(len(adjectives) * len(nouns)), num_names)
+    return [f"{adjectives[pair // len(nouns)]} {nouns[pair % len(nouns)]}" for pair in pairs]
 
 
 def all_words() -> tuple[str, ...]:

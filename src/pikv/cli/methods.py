@@ -1,0 +1,17 @@
+"""``pikv methods``: what there is."""
+
+from rich.console import Console
+from rich.table import Table
+
+
+def methods_command() -> None:
+    """List the presses by name.
+
+    Combine them with ratios, e.g. [bold]eplb:0.35+duo:0.15[/bold].
+    """
+    from pikv.presses.registry import describe_press, list_presses
+
+    table = Table("name", "what it does", box=None, header_style="bold")
+    for name in list_presses():
+        table.add_row(name, describe_press(name))
+    Console().print(table)

@@ -1,0 +1,86 @@
+"""Plotly figures of a comparison."""
+
+import math
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pikv.experiments.results import Comparison
+
+_COLUMNS = 3
+
+
+def quality_against_memory(comparison: Comparison) -> go.Figure:
+    """Accuracy (or agreement, where no answers are known) over the bytes held after compression, with intervals."""
+    figure = go.Figure()
+    for quality in comparison.quality:
+        judged = not math.isnan(quality.accuracy)
+        value = quality.accuracy if judged else quality.agreement
+        low, high = quality.interval if judged else (value, value)
+        figure.add_scatter(
+            name=quality.method,
+            x=[quality.kv_bytes / quality.dense_bytes],
+            y=[value],
+            mode="markers+text",
+            text=[quality.method],
+            textposition="bottom left" if value > 0.5 else "top left",
+            marker={"size": 12},
+            error_y={"type": "data", "array": [high - value], "arrayminus": [value - low]},
+        )
+    figure.update_xaxes(title="KV bytes held, share of the full cache", tickformat=".0%", range=[0, 1.1])
+    figure.update_yaxes(title="accuracy" if judged else "agreement", tickformat=".0%", range=[-0.05, 1.1])
+    return _styled(figure, "Quality against memory")
+
+
+def tpot_against_length(comparison: Comparison) -> go.Figure:
+    """Median time per output token over the context length; the bars reach from the 10th to the 90th percentile."""
+    frame = comparison.frame()
+    figure = go.Figure()
+    for method, rows in frame.groupby("method", sort=False):
+        figure.add_scatter(
+            name=str(method),
+            x=rows["num_tokens"],
+            y=rows["tpot_ms"],
+            mode="lines+markers",
+            error_y={
+                "type": "data",
+                "array": rows["tpot_ms_p90"] - rows["tpot_ms"],
+                "arrayminus": rows["tpot_ms"] - rows["tpot_ms_p10"],
+                "thickness": 1,
+            },
+        )
+    figure.update_xaxes(title="context length (tokens)", type="log", tickvals=sorted(frame["num_tokens"].unique()))
+    figure.update_yaxes(title="time per output token (ms)", rangemode="tozero")
+    return _styled(figure, "Decoding speed against context length")
+
+
+def kept_by_head(comparison: Comparison) -> go.Figure:
+    """The share of the tokens that every KV head keeps, one panel a method."""
+    num_rows = math.ceil(len(comparison.quality) / _COLUMNS)
+    figure = make_subplots(
+        rows=num_rows,
+        cols=_COLUMNS,
+        subplot_titles=[quality.method for quality in comparison.quality],
+        vertical_spacing=0.35 / num_rows,
+    )
+    for index, quality in enumerate(comparison.quality):
+        figure.add_heatmap(
+            z=quality.kept,
+            zmin=0,
+            zmax=1,
+            coloraxis="coloraxis",
+            hovertemplate="layer %{y}, head %{x}: %{z:.1%} kept<extra></extra>",
+            row=index // _COLUMNS + 1,
+            col=index % _COLUMNS + 1,
+        )
+    figure.update_xaxes(title="KV head", dtick=1 if len(comparison.quality[0].kept[0]) <= 16 else None)
+    figure.update_yaxes(title="layer", dtick=1 if len(comparison.quality[0].kept) <= 16 else None, autorange="reversed")
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"tickformat": ".0%"}})
+    figure = _styled(figure, "What was kept, by layer and head")
+    return figure.update_layout(height=90 + 260 * num_rows, showlegend=False)
+
+
+def _styled(figure: go.Figure, title: str) -> go.Figure:
+    return figure.update_layout(
+        title=title, template="plotly_white", height=460, margin={"l": 70, "r": 30, "t": 70, "b": 60}
+    )

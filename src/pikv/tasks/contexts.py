@@ -1,0 +1,99 @@
+"""Retrieval samples of a given length in tokens, for any tokenizer."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from pikv.tasks.retrieval import WORDS_PER_RECORD, Sample, make_retrieval
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedQuestion:
+    """A question as tokens that follow a context, its answer as text if that is known, and how many tokens to answer with."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answer: str | None
+    num_answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedSample:
+    """A context as tokens, and the questions about it."""
+
+    context_ids: list[int]
+    questions: tuple[TokenizedQuestion, ...]
+
+
+def retrieval_samples(
+    tokenizer: Any, *, num_tokens: int, num_samples: int, num_records: int, num_questions: int, seed: int
+) -> list[TokenizedSample]:
+    """Draws samples whose contexts have at most ``num_tokens`` tokens, and as close to it as whole words allow.
+
+    Raises:
+        ValueError: if the records do not fit.
+    """
+    return [
+        _fit(tokenizer, f"{seed}-{index}", num_tokens, num_records, num_questions) for index in range(num_samples)
+    ]
+
+
+def text_sample(tokenizer: Any, context: str, question: str | None, num_answer_tokens: int) -> TokenizedSample:
+    """A sample of the user's own text, whose right answer is not known; without a question the text is to be continued.
+
+    Raises:
+        ValueError: if the text, or the question, is empty.
+    """
+    context_ids: list[int] = tokenizer(context)["input_ids"]
+    if not context.strip() or len(context_ids) < 2:
+        raise ValueError("the context is empty")
+    if question is None:
+        context_ids, prompt_ids = context_ids[:-1], context_ids[-1:]
+    else:
+        prompt_ids = _continuation(tokenizer, question)
+        if not question.strip():
+            raise ValueError("the question is empty")
+    asked = TokenizedQuestion(
+        prompt=question or "(continue)", prompt_ids=prompt_ids, answer=None, num_answer_tokens=num_answer_tokens
+    )
+    return TokenizedSample(context_ids=context_ids, questions=(asked,))
+
+
+def _fit(tokenizer: Any, seed: str, num_tokens: int, num_records: int, num_questions: int) -> TokenizedSample:
+    def draw(num_words: int) -> Sample:
+        return make_retrieval(
+            random.Random(seed), num_words=num_words, num_records=num_records, num_questions=num_questions
+        )
+
+    def length(num_words: int) -> int:
+        return len(tokenizer(draw(num_words).context)["input_ids"])
+
+    # The number of tokens grows with the number of words, so the largest context that fits can be bisected.
+    low, high = num_records * WORDS_PER_RECORD, max(num_tokens, num_records * WORDS_PER_RECORD)
+    if low == 0 or length(low) > num_tokens:
+        raise ValueError(f"a context of {num_tokens} tokens has no room for {num_records} records; ask for fewer")
+    while low < high:
+        middle = (low + high + 1) // 2
+        if length(middle) <= num_tokens:
+            low = middle
+        else:
+            high = middle - 1
+    sample = draw(low)
+    return TokenizedSample(
+        context_ids=tokenizer(sample.context)["input_ids"],
+        questions=tuple(
+            TokenizedQuestion(
+                prompt=question.prompt,
+                prompt_ids=_continuation(tokenizer, question.prompt),
+                answer=question.answer,
+                num_answer_tokens=len(_continuation(tokenizer, question.answer)),
+            )
+            for question in sample.questions
+        ),
+    )
+
+
+def _continuation(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of text that follows other text."""
+    ids: list[int] = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+    return ids

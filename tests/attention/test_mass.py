@@ -1,0 +1,68 @@
+"""Attention mass against a plain softmax over the whole matrix."""
+
+import pytest
+import torch
+
+from pikv.attention.capture import CaptureLogSumExp
+from pikv.attention.mass import attention_mass
+
+BATCH, HEADS, KV_HEADS, DIM, SCALING = 2, 4, 2, 16, 0.3
+
+
+def mass_reference(queries, keys, key_positions, query_positions, scaling):
+    """Slow twin: one sequence and one query head at a time, the whole matrix at once."""
+    mass = torch.zeros(key_positions.shape)
+    group = queries.shape[1] // keys.shape[1]
+    for b in range(queries.shape[0]):
+        real = query_positions[b] >= 0
+        for head in range(queries.shape[1]):
+            place = key_positions[b, head // group]
+            scores = queries[b, head, real].double() @ keys[b, head // group].double().T * scaling
+            hidden = (place < 0) | (place > query_positions[b, real].unsqueeze(1))
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            mass[b, head // group] += weights.sum(0).float() / group
+    return mass
+
+
+def random_inputs(num_queries, num_keys):
+    generator = torch.Generator().manual_seed(num_queries)
+    queries = torch.randn(BATCH, HEADS, num_queries, DIM, generator=generator)
+    keys = torch.randn(BATCH, KV_HEADS, num_keys, DIM, generator=generator)
+    return queries, keys
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 513, 1025])
+@pytest.mark.parametrize("has_logsumexp", [False, True])
+def test_plain_prefill(length, has_logsumexp):
+    queries, keys = random_inputs(length, length)
+    positions = torch.arange(length)
+    key_positions, query_positions = positions.expand(BATCH, KV_HEADS, -1), positions.expand(BATCH, -1)
+    logsumexp = None
+    if has_logsumexp:
+        expanded = keys.repeat_interleave(HEADS // KV_HEADS, 1)
+        scores = queries @ expanded.transpose(2, 3) * SCALING
+        logsumexp = scores.masked_fill(positions > positions.unsqueeze(1), float("-inf")).logsumexp(-1)
+    found = attention_mass(queries, keys, key_positions, query_positions, SCALING, logsumexp)
+    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, SCALING))
+
+
+def test_ragged_rows_and_padding():
+    queries, keys = random_inputs(9, 70)
+    key_positions = torch.full((BATCH, KV_HEADS, 70), -1)
+    for row, length in enumerate((70, 30, 1, 64)):
+        kept = torch.randperm(80, generator=torch.Generator().manual_seed(row))[: length - 1].sort().values
+        # the oldest token stays in every row, so that no query is left without a key
+        key_positions.view(-1, 70)[row, :length] = torch.cat([torch.zeros(1, dtype=torch.long), kept + 1])
+    query_positions = torch.stack([torch.arange(72, 81), torch.tensor([-1, -1, -1, 40, 41, 42, 43, 44, 45])])
+    found = attention_mass(queries, keys, key_positions, query_positions, SCALING)
+    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, SCALING))
+
+
+def test_the_kernel_leaves_its_logsumexp():
+    queries, keys = random_inputs(65, 65)
+    keys = keys.repeat_interleave(HEADS // KV_HEADS, 1)
+    with CaptureLogSumExp() as capture:
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, keys, is_causal=True, scale=SCALING)
+    scores = queries @ keys.transpose(2, 3) * SCALING
+    expected = scores.masked_fill(torch.ones(65, 65).triu(1).bool(), float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(capture.logsumexp, expected)
