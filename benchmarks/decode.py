@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import build_model, measure_bandwidth, median, print_json, print_table, timed
-from prefill import measure_prefill, print_prefill
 from transformers import DynamicCache, StaticCache
 
+from common import build_model, measure_bandwidth, median, print_json, print_table, timed
 from pikv import PiKVCache
 from pikv.hf.cache import PiKVLayer
+from prefill import measure_prefill, print_prefill
 
 SINKS_AND_RECENT = 20
 

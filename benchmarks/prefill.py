@@ -1,15 +1,15 @@
 """What compression adds to the prefill: time of reading a context under each press, over reading it into the full cache.
 
-    python benchmarks/prefill.py [--length 8192] [--repeats 3] [--threads 2]
+python benchmarks/prefill.py [--length 8192] [--repeats 3] [--threads 2]
 """
 
 import argparse
 from typing import Any
 
 import torch
-from common import build_model, median, print_json, print_table, timed
 from transformers import DynamicCache
 
+from common import build_model, median, print_json, print_table, timed
 from pikv import PiKVCache, get_press
 
 METHODS = ("none", "streaming:0.5", "knorm:0.5", "snapkv:0.5", "duo:0.5", "eplb:0.5", "h2o:0.5")

@@ -42,8 +42,9 @@ def attention_mass(
         scores = (block @ transposed[..., :reach] * scaling).reshape(batch, heads, group, -1, reach)
         place = key_positions[:, :, None, :reach]
         visible = (place >= 0) & (place <= positions[:, None, :, None])
-        weights = torch.softmax(scores.masked_fill(~visible.unsqueeze(2), float("-inf")), dim=-1)
-        weights = weights.masked_fill((positions < 0)[:, None, None, :, None], 0.0)
+        hidden = ~visible.unsqueeze(2)
+        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+        weights.masked_fill_(hidden, 0.0)  # padding, and queries all of whose keys were evicted, see nothing
         mass[..., :reach] += weights.sum(3).mean(2)
     return mass
 
@@ -80,9 +81,9 @@ def _mass_of_prefill(queries: Tensor, keys: Tensor, scaling: float, logsumexp: T
             tile.exp_()
             if last > start:
                 edge = max(first, start)
-                future = torch.arange(edge, last, device=keys.device) > torch.arange(
-                    start, stop, device=keys.device
-                ).repeat(group).unsqueeze(1)
+                future = torch.arange(edge, last, device=keys.device) > torch.arange(start, stop, device=keys.device).repeat(
+                    group
+                ).unsqueeze(1)
                 tile[:, :, edge - first :].masked_fill_(future, 0.0)
             mass[:, first:last] += tile.sum(1)
     return (mass / group).view(batch, heads, num_tokens)

@@ -81,6 +81,4 @@ def kept_by_head(comparison: Comparison) -> go.Figure:
 
 
 def _styled(figure: go.Figure, title: str) -> go.Figure:
-    return figure.update_layout(
-        title=title, template="plotly_white", height=460, margin={"l": 70, "r": 30, "t": 70, "b": 60}
-    )
+    return figure.update_layout(title=title, template="plotly_white", height=460, margin={"l": 70, "r": 30, "t": 70, "b": 60})

@@ -33,7 +33,7 @@ class EndsExpert(RetentionExpert):
 
     def preference(self, view: LayerView) -> Tensor:
         lengths = view.kept.lengths.unsqueeze(2).to(view.kept.keys.device)
-        place = torch.arange(view.kept.keys.shape[2], device=lengths.device) / lengths
+        place = (torch.arange(view.kept.keys.shape[2], device=lengths.device) + 0.5) / lengths
         # How far both ends must be stretched until they reach the token.
         return -torch.minimum(place / self.first_share, (1 - place) / self.last_share)
 

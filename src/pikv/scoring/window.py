@@ -39,7 +39,8 @@ def window_attention(view: LayerView, window_size: int) -> Tensor:
     scores = queries @ kept.keys.float().transpose(2, 3) * view.scaling
     scores = scores.unflatten(2, (view.group_size, -1))
     visible = kept.valid[:, :, None, :] & (kept.positions[:, :, None, :] <= window_positions[:, None, :, None])
-    weights = torch.softmax(scores.masked_fill(~visible.unsqueeze(2), float("-inf")), dim=-1)
+    hidden = ~visible.unsqueeze(2)
+    # Padding, and queries all of whose keys were evicted, see nothing.
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0.0)
     is_query = (window_positions >= 0)[:, None, None, :, None]
-    weights = weights.masked_fill(~is_query, 0.0)
     return weights.sum(3).mean(2) / is_query.sum(3).clamp(min=1)[:, :, 0]

@@ -33,9 +33,7 @@ def retrieval_samples(
     Raises:
         ValueError: if the records do not fit.
     """
-    return [
-        _fit(tokenizer, f"{seed}-{index}", num_tokens, num_records, num_questions) for index in range(num_samples)
-    ]
+    return [_fit(tokenizer, f"{seed}-{index}", num_tokens, num_records, num_questions) for index in range(num_samples)]
 
 
 def text_sample(tokenizer: Any, context: str, question: str | None, num_answer_tokens: int) -> TokenizedSample:
@@ -61,9 +59,7 @@ def text_sample(tokenizer: Any, context: str, question: str | None, num_answer_t
 
 def _fit(tokenizer: Any, seed: str, num_tokens: int, num_records: int, num_questions: int) -> TokenizedSample:
     def draw(num_words: int) -> Sample:
-        return make_retrieval(
-            random.Random(seed), num_words=num_words, num_records=num_records, num_questions=num_questions
-        )
+        return make_retrieval(random.Random(seed), num_words=num_words, num_records=num_records, num_questions=num_questions)
 
     def length(num_words: int) -> int:
         return len(tokenizer(draw(num_words).context)["input_ids"])

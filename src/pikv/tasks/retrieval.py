@@ -100,7 +100,7 @@ def make_retrieval(
 def _draw_names(rng: random.Random, num_names: int, alike: bool) -> list[str]:
     adjectives, nouns = list(ADJECTIVES), list(NOUNS)
     if alike:
-        side = min(len(NOUNS), math.isqrt(2 * num_names) + 1)  # about twice as many pairs as names
+        side = min(len(NOUNS), math.isqrt(num_names - 1) + 1)  # the smallest square that has enough pairs
         adjectives, nouns = rng.sample(adjectives, side), rng.sample(nouns, side)
     pairs = rng.sample(range(len(adjectives) * len(nouns)), num_names)
     return [f"{adjectives[pair // len(nouns)]} {nouns[pair % len(nouns)]}" for pair in pairs]
