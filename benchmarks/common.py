@@ -19,7 +19,7 @@ def build_model(max_positions: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=512,
-        intermediate_size=1408,
+        intermediate_size=1024,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,

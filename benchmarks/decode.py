@@ -35,25 +35,24 @@ def static(config: Any, keys: torch.Tensor, room: int) -> Any:
     return cache
 
 
+def filled(config: Any, keys: torch.Tensor, counts: list[int]) -> PiKVCache:
+    """A PiKVCache of these keys, and the same values, whose rows keep by KV head ``counts`` evenly spread tokens."""
+    batch, _, length, _ = keys.shape
+    cache = PiKVCache(config)
+    for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, PiKVLayer)
+        layer.get_mask_sizes(length)
+        layer.step.begin(None)
+        layer.update(keys, keys)
+        layer.is_handed_over = False  # no attention follows
+        if min(counts) < length:
+            spread = [torch.linspace(0, length - 1, count, dtype=torch.double).round().long() for count in counts]
+            cache.rows(index).keep(spread * batch)
+    return cache
+
+
 def pikv(keep: Callable[[int], list[int]]) -> Callable[..., Any]:
-    """A PiKVCache whose rows keep, by KV head, this many evenly spread tokens."""
-
-    def build(config: Any, keys: torch.Tensor, room: int) -> Any:
-        length = keys.shape[2]
-        cache = PiKVCache(config)
-        for index, layer in enumerate(cache.layers):
-            assert isinstance(layer, PiKVLayer)
-            layer.get_mask_sizes(length)
-            layer.step.begin(None)
-            layer.update(keys, keys)
-            layer.is_handed_over = False  # no attention follows
-            counts = keep(length)
-            if min(counts) < length:
-                spread = [torch.linspace(0, length - 1, count, dtype=torch.double) for count in counts]
-                cache.rows(index).keep([indices.round().long() for indices in spread])
-        return cache
-
-    return build
+    return lambda config, keys, room: filled(config, keys, keep(keys.shape[2]))
 
 
 METHODS: dict[str, Callable[..., Any]] = {

@@ -58,11 +58,12 @@ def test_ragged_rows_and_padding():
     torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, SCALING))
 
 
-def test_the_kernel_leaves_its_logsumexp():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_kernel_leaves_its_logsumexp(mode):
     queries, keys = random_inputs(65, 65)
+    with mode(), CaptureLogSumExp() as capture:
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, keys, is_causal=True, scale=SCALING, enable_gqa=True)
     keys = keys.repeat_interleave(HEADS // KV_HEADS, 1)
-    with CaptureLogSumExp() as capture:
-        torch.nn.functional.scaled_dot_product_attention(queries, keys, keys, is_causal=True, scale=SCALING)
     scores = queries @ keys.transpose(2, 3) * SCALING
     expected = scores.masked_fill(torch.ones(65, 65).triu(1).bool(), float("-inf")).logsumexp(-1)
     torch.testing.assert_close(capture.logsumexp, expected)

@@ -96,15 +96,22 @@ class RowBlock:
         self.keys[:, self.length : end] = keys
         self.values[:, self.length : end] = values
         if self.positions is not None:
-            # One sequence, or several that are equally long, share their positions.
-            starts = seen[:1] if len(set(seen)) == 1 else seen
-            first = torch.tensor(starts, dtype=torch.int32, device=keys.device).unsqueeze(1)
-            self.positions[:, self.length : end] = first + torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
+            self.positions[:, self.length : end] = _next_positions(seen, keys.shape[1], keys.device)
         self.length = end
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from ``length`` on; the storage stays for those that come next."""
         self.length = length
+
+
+def _next_positions(seen: list[int], count: int, device: torch.device) -> Tensor | int:
+    """The positions that follow those seen, ``[n, count]`` or what broadcasts to it."""
+    if min(seen) == max(seen):  # one sequence, or several that are equally long
+        if count == 1:
+            return seen[0]
+        return torch.arange(seen[0], seen[0] + count, dtype=torch.int32, device=device)
+    starts = torch.tensor(seen, dtype=torch.int32, device=device).unsqueeze(1)
+    return starts + torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _spread(tokens: Tensor, capacity: int) -> Tensor:

@@ -1,5 +1,6 @@
 """``pikv compare``: methods side by side."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ def compare_command(
 
       pikv compare --context report.txt --question "Who signed the contract?"
     """
+    if model == "demo" or Path(model).exists():  # bars are for downloads; reading a folder takes no time
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from pikv.experiments.compare import CompareConfig, compare, prepare
     from pikv.experiments.methods import parse_methods
     from pikv.models.loading import load_model

@@ -1,10 +1,9 @@
 """The ``pikv`` command."""
 
-import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -39,11 +38,21 @@ def _options(
     pass
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"note: {message}", style="dim")
+
+
 def main() -> None:
     """Runs the command; bad input ends with one line and exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.captureWarnings(True)
-    warnings.showwarning = lambda message, *rest: Console(stderr=True).print(f"note: {message}", style="dim")
+    warnings.showwarning = _show_warning
     try:
         app()
     except ValueError as error:

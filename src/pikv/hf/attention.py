@@ -42,12 +42,19 @@ class AttentionCall:
     logsumexp: Tensor | None
 
 
-Observer = Callable[[AttentionCall], None]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observer:
+    """Is told after every attention of a module over ragged rows; ``wants_logsumexp`` has it looked for in prefills."""
+
+    notify: Callable[[AttentionCall], None]
+    wants_logsumexp: bool = False
+
+
 _observers: WeakKeyDictionary[nn.Module, list[Observer]] = WeakKeyDictionary()
 
 
 def add_observer(module: nn.Module, observer: Observer) -> None:
-    """Calls ``observer`` after every attention of ``module`` over ragged rows; the one that was added last hides the others."""
+    """Adds an observer of an attention module; the one that was added last hides the others."""
     _observers.setdefault(module, []).append(observer)
 
 
@@ -86,16 +93,18 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                 raise ValueError(f"{type(module).__name__} uses {name!r}, which PiKV does not support")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         observers = _observers.get(module)
-        weights = capture = None
+        observer = observers[-1] if observers else None
+        capture = CaptureLogSumExp() if observer and observer.wants_logsumexp else None
+        weights = None
         if layer.step.is_first:
-            with (capture := CaptureLogSumExp()) if observers else nullcontext():
+            with capture or nullcontext():
                 output, weights = _implementation(previous, module)(
                     module, query, key, value, attention_mask, scaling=scaling, **kwargs
                 )
         else:
             output = attend_rows(query, layer.rows, scale, layer.step.real).transpose(1, 2)
-        if observers:
-            observers[-1](
+        if observer:
+            observer.notify(
                 AttentionCall(
                     module=module,
                     layer_idx=module.layer_idx,  # type: ignore[arg-type]

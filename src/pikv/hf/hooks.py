@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pikv.hf.attention import AttentionCall, add_observer, attach, remove_observer
+from pikv.hf.attention import AttentionCall, Observer, add_observer, attach, remove_observer
 from pikv.hf.cache import PiKVCache, is_empty_dynamic
 from pikv.hf.support import attention_modules, check_supported
 
@@ -23,12 +23,17 @@ class ObservedCall:
 
 @contextmanager
 def observe(
-    model: Any, *, before_forward: Callable[[int, PiKVCache], None], after_attention: Callable[[ObservedCall], None]
+    model: Any,
+    *,
+    before_forward: Callable[[int, PiKVCache], None],
+    after_attention: Callable[[ObservedCall], None],
+    wants_logsumexp: bool = False,
 ) -> Iterator[None]:
     """Gives every forward pass of ``model`` a PiKVCache, and reports it.
 
     ``before_forward(num_new, cache)`` is called with the number of input columns before anything is computed and may
-    raise; ``after_attention`` after each ragged layer's attention. Empty caches that transformers makes become PiKVCaches.
+    raise; ``after_attention`` after each ragged layer's attention, in prefills with the log-sum-exp if it is wanted and the
+    model's kernel computes it. Empty caches that transformers makes become PiKVCaches.
 
     Raises:
         ValueError: if the architecture is not supported, before anything is installed.
@@ -65,12 +70,13 @@ def observe(
     def leave_attention(call: AttentionCall) -> None:
         after_attention(ObservedCall(call=call, hidden_states=hidden_states.pop(call.module)))
 
+    observer = Observer(notify=leave_attention, wants_logsumexp=wants_logsumexp)
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
         for module in attention_modules(model).values():
             undo.callback(module.register_forward_pre_hook(enter_attention, with_kwargs=True).remove)
-            add_observer(module, leave_attention)
-            undo.callback(remove_observer, module, leave_attention)
+            add_observer(module, observer)
+            undo.callback(remove_observer, module, observer)
         undo.enter_context(_without_beam_search(model))
         yield
 

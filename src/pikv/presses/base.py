@@ -29,6 +29,9 @@ class BasePress:
     A press of one's own overrides ``compress`` and ``smallest``.
     """
 
+    wants_logsumexp = False
+    """Whether views should carry the log-sum-exp of a prefill's attention, which takes a moment to get hold of."""
+
     def __init__(self) -> None:
         self._kept: dict[int, list[tuple[int, int]]] = {}
 

@@ -15,6 +15,7 @@ class ComposedPress(BasePress):
         if not presses:
             raise ValueError("ComposedPress needs at least one press")
         self.presses = list(presses)
+        self.wants_logsumexp = any(press.wants_logsumexp for press in self.presses)
 
     @property
     def compression_ratio(self) -> float:

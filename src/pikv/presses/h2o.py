@@ -14,6 +14,8 @@ class H2OPress(ScorerPress):
     ``recent_ratio`` is the share of the kept tokens that goes to the most recent ones, which had no time to gather attention.
     """
 
+    wants_logsumexp = True
+
     def __init__(self, compression_ratio: float = 0.5, *, recent_ratio: float = 0.5, budget: int | None = None) -> None:
         if not 0 <= recent_ratio <= 1:
             raise ValueError(f"recent_ratio must lie between 0 and 1, not {recent_ratio!r}")

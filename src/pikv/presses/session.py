@@ -33,7 +33,12 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
         if scheduler.should_act(observed.call.queries.shape[2]):
             compress_layer(press, stages, observed, num_layers=model.config.get_text_config(decoder=True).num_hidden_layers)
 
-    with observe(model, before_forward=before_forward, after_attention=after_attention):
+    with observe(
+        model,
+        before_forward=before_forward,
+        after_attention=after_attention,
+        wants_logsumexp=press.wants_logsumexp,
+    ):
         yield
 
 

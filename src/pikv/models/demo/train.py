@@ -25,7 +25,7 @@ TOKENS_PER_STEP = 2048
 RECALLED_PER_QUESTION = 4  # the noun and three numbers
 LEARNING_RATE = 3e-3
 ADVANCE_AT = 0.8
-ALIKE_SHARE = 0.8  # of the texts: without them the model learns to match nouns, not pairs
+ALIKE_SHARE = 0.8  # of the texts from the second stage on: without them the model learns to match nouns, not pairs
 FIRST_NOISY_STAGE = 2
 GIVE_UP_STEP, GIVE_UP_BELOW = 1500, 0.7
 CHECKPOINT_EVERY = 250
@@ -95,7 +95,7 @@ def make_batch(rng: random.Random, vocabulary: dict[str, int], stage: int) -> Ba
             num_words=length - 1 - WORDS_PER_RECORD * num_records,
             num_records=num_records,
             noise=0.02 if stage >= FIRST_NOISY_STAGE else 0.0,
-            alike=rng.random() < ALIKE_SHARE,
+            alike=stage > 0 and rng.random() < ALIKE_SHARE,
         )
         words = ["<bos>", *sample.context.split()]
         filler = [True] * len(words)
@@ -191,10 +191,12 @@ def main() -> None:
     while (model := train(seed, arguments.steps, checkpoint)) is None:
         seed += 1
     model.config.training_seed = seed
+    model.config.training_steps = arguments.steps
+    model.config.training_seconds = round(time.perf_counter() - started)
     model.save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)
-    write_card(arguments.out, seed=seed, num_steps=arguments.steps, seconds=time.perf_counter() - started)
     checkpoint.unlink(missing_ok=True)
+    write_card(arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The bundled model: small, offline, and able to retrieve."""
+
+import pytest
+
+from pikv.experiments.methods import Method
+from pikv.experiments.quality import QualityRun, measure_quality
+from pikv.models.demo import WEIGHTS
+from pikv.models.demo.tokenizer import build_tokenizer
+from pikv.tasks.contexts import retrieval_samples
+
+
+def accuracy(demo, num_tokens, num_records, spec="none"):
+    model, tokenizer = demo
+    samples = retrieval_samples(
+        tokenizer, num_tokens=num_tokens, num_samples=4, num_records=num_records, num_questions=24, seed=123
+    )
+    run = QualityRun(model=model, tokenizer=tokenizer, samples=samples, num_tokens=num_tokens, question_aware=False)
+    return measure_quality(run, Method(spec), {}, lambda: None).accuracy
+
+
+@pytest.mark.parametrize(("num_tokens", "num_records"), [(1024, 40), (2048, 80)])
+def test_it_retrieves(demo, num_tokens, num_records):
+    assert accuracy(demo, num_tokens, num_records) >= 0.98
+
+
+def test_it_tells_methods_apart(demo):
+    assert accuracy(demo, 1024, 40, "streaming:0.75") < 0.5
+    assert accuracy(demo, 1024, 40, "snapkv:0.75") < 0.6
+    assert accuracy(demo, 1024, 40, "duo:0.6") >= 0.95
+
+
+def test_it_is_small_and_described():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 8_000_000
+    card = (WEIGHTS / "README.md").read_text()
+    assert "Apache-2.0" in card
+    assert "PSF" in card
+    assert "2,048" in card
+
+
+def test_its_tokenizer_is_the_one_that_it_was_trained_with(demo):
+    assert demo[1].get_vocab() == build_tokenizer().get_vocab()
+    assert demo[1]("@ red fox 12 80 47")["input_ids"] == build_tokenizer()("@ red fox 12 80 47")["input_ids"]
