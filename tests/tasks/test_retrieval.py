@@ -13,7 +13,8 @@ from pikv.tasks.retrieval import make_retrieval
 @given(num_records=st.integers(1, 60), filler=st.integers(0, 200), alike=st.booleans(), seed=st.integers(0, 99))
 def test_every_question_has_its_record(num_records, filler, alike, seed):
     num_words = 6 * num_records + filler
-    sample = make_retrieval(random.Random(seed), num_words=num_words, num_records=num_records, noise=0.1, alike=alike)
+    num_pairs = num_records if alike else None
+    sample = make_retrieval(random.Random(seed), num_words=num_words, num_records=num_records, noise=0.1, num_pairs=num_pairs)
     assert len(sample.context.split()) == num_words
     assert len({question.prompt for question in sample.questions}) == num_records
     for question in sample.questions:
@@ -22,7 +23,7 @@ def test_every_question_has_its_record(num_records, filler, alike, seed):
 
 
 def test_names_that_are_alike_share_their_words():
-    sample = make_retrieval(random.Random(0), num_words=400, num_records=16, alike=True)
+    sample = make_retrieval(random.Random(0), num_words=400, num_records=16, num_pairs=16)
     nouns = [question.prompt.split()[2] for question in sample.questions]
     assert len(set(nouns)) == 4
 

@@ -37,14 +37,14 @@ def make_retrieval(
     num_records: int,
     num_questions: int | None = None,
     noise: float = 0.0,
-    alike: bool = False,
+    num_pairs: int | None = None,
 ) -> Sample:
     """Returns a context of exactly ``num_words`` words that hides ``num_records`` records, and questions about them.
 
     A record reads ``@ red fox 12 80 47``, its question ``? red fox``, its answer ``12 80 47``. ``noise`` is the share
     of filler words that are replaced by words which otherwise occur in records only. Without ``num_questions`` every
-    record is asked for, in random order. ``alike`` draws the names from few adjectives and nouns, so that each of these words
-    occurs in several records and only the pair tells them apart.
+    record is asked for, in random order. With ``num_pairs`` the names come from the smallest square of adjectives and nouns
+    that makes as many pairs: each word then occurs in several records, and only the pair tells them apart.
 
     Raises:
         ValueError: if the records do not fit into ``num_words`` words, or more questions than records are wanted.
@@ -60,7 +60,7 @@ def make_retrieval(
     for index in range(num_filler if noise else 0):
         if rng.random() < noise:
             filler[index] = rng.choice(rng.choice((ADJECTIVES, NOUNS, NUMBERS)))
-    names = _draw_names(rng, num_records, alike)
+    names = _draw_names(rng, num_records, num_pairs)
     answers = [" ".join(rng.choices(NUMBERS, k=3)) for _ in names]
     places = sorted(rng.randint(0, num_filler) for _ in names)
 
@@ -97,10 +97,10 @@ def make_retrieval(
     return Sample(context=" ".join(pieces), questions=questions)
 
 
-def _draw_names(rng: random.Random, num_names: int, alike: bool) -> list[str]:
+def _draw_names(rng: random.Random, num_names: int, num_pairs: int | None) -> list[str]:
     adjectives, nouns = list(ADJECTIVES), list(NOUNS)
-    if alike:
-        side = min(len(NOUNS), math.isqrt(num_names - 1) + 1)  # the smallest square that has enough pairs
+    if num_pairs is not None:
+        side = min(len(NOUNS), math.isqrt(num_pairs - 1) + 1)
         adjectives, nouns = rng.sample(adjectives, side), rng.sample(nouns, side)
     pairs = rng.sample(range(len(adjectives) * len(nouns)), num_names)
     return [f"{adjectives[pair // len(nouns)]} {nouns[pair % len(nouns)]}" for pair in pairs]

@@ -1,14 +1,15 @@
 """Trains the bundled demo model from scratch: ``python -m pikv.models.demo.train --out DIR``.
 
-A four-layer Llama of 0.85M parameters learns multi-needle retrieval with a curriculum of lengths, on one CPU thread
-(about 40 minutes). The same seed gives the same weights on the same machine. A seed that does not form the skill is given up
-early, and the next one is tried. Interrupted training goes on from its last checkpoint.
+A four-layer Llama of 0.85M parameters learns multi-needle retrieval with a curriculum of lengths, on one CPU thread, in two
+phases: in the first it learns to recall what followed a noun, in the second, where names are more alike, what followed an
+adjective and a noun. The same seed gives the same weights on the same machine. A seed that does not form the skill is given
+up early, and the next one is tried. Interrupted training goes on from its last checkpoint.
 """
 
 import argparse
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,33 @@ TOKENS_PER_STEP = 2048
 RECALLED_PER_QUESTION = 4  # the noun and three numbers
 LEARNING_RATE = 3e-3
 ADVANCE_AT = 0.8
-ALIKE_SHARE = 0.8  # of the texts from the second stage on: without them the model learns to match nouns, not pairs
 FIRST_NOISY_STAGE = 2
-GIVE_UP_STEP, GIVE_UP_BELOW = 1500, 0.7
+GIVE_UP_STEP = 1500
 CHECKPOINT_EVERY = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A curriculum from its first stage, with an optimizer of its own.
+
+    In an ``alike_share`` of the texts names are drawn from few words, with or without more pairs of them than records.
+    """
+
+    num_steps: int
+    alike_share: float
+    has_spare_pairs: bool
+    decays: bool
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over 100 steps, then constant, or constant for half of the phase and linear down to 5%."""
+        decay = max(0.0, (step - self.num_steps / 2) / (self.num_steps / 2)) if self.decays else 0.0
+        return LEARNING_RATE * min(1.0, (step + 1) / 100) * (1 - 0.95 * decay)
+
+
+PHASES = (
+    Phase(num_steps=2250, alike_share=0.5, has_spare_pairs=True, decays=False),
+    Phase(num_steps=2200, alike_share=0.8, has_spare_pairs=False, decays=True),
+)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -85,17 +109,18 @@ class Batch:
     filler: list[list[bool]] = field(default_factory=list)
 
 
-def make_batch(rng: random.Random, vocabulary: dict[str, int], stage: int) -> Batch:
+def make_batch(rng: random.Random, vocabulary: dict[str, int], stage: int, phase: Phase) -> Batch:
     """Draws one training batch: a context, then a question for each of its records, answered."""
     batch, length = Batch(), STAGES[stage]
     for _ in range(max(1, TOKENS_PER_STEP // length)):
         num_records = max(1, int(rng.uniform(0.3, 1.0) * length / 2 / WORDS_PER_RECORD))
+        num_pairs = 2 * num_records + 1 if phase.has_spare_pairs else num_records
         sample = make_retrieval(
             rng,
             num_words=length - 1 - WORDS_PER_RECORD * num_records,
             num_records=num_records,
             noise=0.02 if stage >= FIRST_NOISY_STAGE else 0.0,
-            alike=stage > 0 and rng.random() < ALIKE_SHARE,
+            num_pairs=num_pairs if rng.random() < phase.alike_share else None,
         )
         words = ["<bos>", *sample.context.split()]
         filler = [True] * len(words)
@@ -125,73 +150,91 @@ def loss_and_accuracy(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tens
     return loss, right.view(-1, RECALLED_PER_QUESTION)[:, 1:].all(-1).float().mean().item()
 
 
-def learning_rate(step: int, num_steps: int) -> float:
-    """Linear warm-up over 100 steps, constant for half of the run, then linear down to 5%."""
-    decay = max(0.0, (step - num_steps / 2) / (num_steps / 2))
-    return LEARNING_RATE * min(1.0, (step + 1) / 100) * (1 - 0.95 * decay)
-
-
-def train(seed: int, num_steps: int, checkpoint: Path) -> LlamaForCausalLM | None:
-    """Trains one seed; returns the model, or None for a seed that does not form the skill."""
+def train(seed: int, checkpoint: Path) -> LlamaForCausalLM | None:
+    """Trains one seed through all phases; returns the model, or None for a seed that does not form the skill."""
     tokenizer = build_tokenizer()
-    vocabulary = tokenizer.get_vocab()
     model = build_model(tokenizer, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    rng, curriculum, first_step = random.Random(seed), Curriculum(), 0
-    if checkpoint.exists():
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=False)
-        if state["seed"] == seed and state["num_steps"] == num_steps:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            rng.setstate(state["rng"])
-            curriculum, first_step = state["curriculum"], state["step"]
-            print(f"going on from step {first_step} of {checkpoint}", flush=True)
-    model.train()
-    started = time.perf_counter()
-    for step in range(first_step, num_steps):
-        if step % CHECKPOINT_EVERY == 0 and step > first_step:
-            state = {"seed": seed, "num_steps": num_steps, "step": step, "model": model.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "rng": rng.getstate(), "curriculum": curriculum}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
-        stage = curriculum.choose(rng)
-        loss, accuracy = loss_and_accuracy(model, make_batch(rng, vocabulary, stage))
+    state: dict[str, Any] = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    if state.get("seed") != seed:
+        state = {}
+    for index, phase in enumerate(PHASES):
+        if index < state.get("phase", 0):
+            continue
+        run = PhaseRun(model, phase, tokenizer.get_vocab(), seed)
+        if state.get("phase") == index:
+            run.load(state)
+            print(f"going on from phase {index + 1}, step {run.step}", flush=True)
+        while run.step < phase.num_steps:
+            if run.step % CHECKPOINT_EVERY == 0:
+                part = checkpoint.with_suffix(".part")
+                torch.save({"seed": seed, "phase": index, **run.state()}, part)
+                part.replace(checkpoint)
+            run.take_step()
+            if index == 0 and run.step == GIVE_UP_STEP and run.curriculum.stage == 0:
+                print(f"seed {seed} did not form the skill; giving it up", flush=True)
+                return None
+    return model.eval()
+
+
+class PhaseRun:
+    """One phase under way: everything that changes from step to step."""
+
+    def __init__(self, model: LlamaForCausalLM, phase: Phase, vocabulary: dict[str, int], seed: int) -> None:
+        self.model, self.phase, self.vocabulary, self.seed = model.train(), phase, vocabulary, seed
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        self.rng, self.curriculum, self.step = random.Random(seed), Curriculum(), 0
+        self.started = time.perf_counter()
+
+    def take_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.phase.learning_rate(self.step)
+        stage = self.curriculum.choose(self.rng)
+        loss, accuracy = loss_and_accuracy(self.model, make_batch(self.rng, self.vocabulary, stage, self.phase))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curriculum.record(stage, accuracy)
-        if step % 50 == 0:
-            seconds = time.perf_counter() - started
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.curriculum.record(stage, accuracy)
+        if self.step % 50 == 0:
             print(
-                f"seed {seed} step {step:5d} {seconds:6.0f}s stage {STAGES[curriculum.stage]:5d} "
-                f"exact {curriculum.accuracy:.3f} loss {loss.item():.3f}",
+                f"seed {self.seed} step {self.step:5d} {time.perf_counter() - self.started:6.0f}s "
+                f"stage {STAGES[self.curriculum.stage]:5d} exact {self.curriculum.accuracy:.3f} loss {loss.item():.3f}",
                 flush=True,
             )
-        if step == GIVE_UP_STEP and curriculum.stage == 0 and curriculum.accuracy < GIVE_UP_BELOW:
-            print(f"seed {seed} did not form the skill; giving it up", flush=True)
-            return None
-    return model.eval()
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng.getstate(),
+            "curriculum": asdict(self.curriculum),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.setstate(state["rng"])
+        self.curriculum = Curriculum(**state["curriculum"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=1, help="first seed to try")
-    parser.add_argument("--steps", type=int, default=4500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / "checkpoint.pt"
     started = time.perf_counter()
-    seed, model = arguments.seed, None
-    while (model := train(seed, arguments.steps, checkpoint)) is None:
+    seed = arguments.seed
+    while (model := train(seed, checkpoint)) is None:
         seed += 1
     model.config.training_seed = seed
-    model.config.training_steps = arguments.steps
+    model.config.training_steps = sum(phase.num_steps for phase in PHASES)
     model.config.training_seconds = round(time.perf_counter() - started)
     model.save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)
