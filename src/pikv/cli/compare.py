@@ -1,6 +1,7 @@
 """``pikv compare``: methods side by side."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ def compare_command(
         comparison.save(part)
         write_html(comparison, part / "report.html")
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     for table in rich_tables(comparison):
         console.print(table, "")
     for line in improvements(comparison):
