@@ -81,7 +81,7 @@ def run_turns(model, press, turns, steps=16):
         with press(model):
             out = model(new_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         cache.check_integrity()
-        evictions.append((ids.shape[1], [cache.positions(layer) for layer in cache.ragged_layers]))
+        evictions.append((ids.shape[1], [cache.positions(layer) for layer in range(len(cache.layers))]))
     logits = [out.logits[:, -1]]
     for _ in range(steps):
         token = logits[-1].argmax(-1, keepdim=True)

@@ -85,6 +85,30 @@ def test_cropping_takes_back_a_question(llama):
     cache.check_integrity()
 
 
+def test_cropping_to_more_than_there_is_changes_nothing(llama):
+    cache = PiKVCache(llama.config)
+    llama(batch_of([40])[0], past_key_values=cache)
+    cache.crop(50)
+    assert cache.get_seq_length() == 40
+
+
+def test_an_interrupted_forward_pass_is_noticed(llama):
+    cache = PiKVCache(llama.config)
+    llama(batch_of([20])[0], past_key_values=cache)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = llama.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llama(batch_of([10])[0], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        llama(batch_of([10])[0], past_key_values=cache)
+    cache.reset()
+    llama(batch_of([10])[0], past_key_values=cache)
+
+
 def test_reset_empties_the_cache(llama):
     ids, mask = batch_of([20])
     cache = PiKVCache(llama.config)

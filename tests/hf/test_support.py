@@ -9,11 +9,12 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from pikv.hf.support import check_supported, layer_types
+from pikv.hf.support import check_config, check_supported
 from pikv.presses import NoCompressionPress
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -24,12 +25,12 @@ SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_lay
     [
         (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2), "does not go through the attention registry"),
         (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "not supported|does not go through"),
-        (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16), "soft-capped"),
+        (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16), "sliding_attention"),
         (
             GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
-            "learned sinks",
+            "sliding_attention|learned sinks",
         ),
-        (MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=16), "sliding window"),
+        (MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=16), "sliding_attention"),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
 )
@@ -52,7 +53,9 @@ def test_something_that_is_no_model():
         check_supported(object())
 
 
-def test_layer_types_follow_the_configuration():
-    assert layer_types(LlamaConfig(num_hidden_layers=2)) == ["full_attention"] * 2
-    assert layer_types(MistralConfig(num_hidden_layers=2, sliding_window=None)) == ["full_attention"] * 2
-    assert layer_types(MistralConfig(num_hidden_layers=2, sliding_window=8)) == ["sliding_attention"] * 2
+def test_sliding_windows_are_refused_only_where_they_are_used():
+    check_config(LlamaConfig(num_hidden_layers=2))
+    check_config(MistralConfig(num_hidden_layers=2, sliding_window=None))
+    check_config(Qwen2Config(num_hidden_layers=2, use_sliding_window=False))
+    with pytest.raises(ValueError, match="qwen2: layers of the kind sliding_attention"):
+        check_config(Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=2))

@@ -65,7 +65,7 @@ def test_a_trained_router_decides_which_expert_is_listened_to(llama):
     assert stats["layer_stats"][0]["router_stats"]["expert_usage_ratios"] == [0.5, 0.5]
     assert stats["total_aux_loss"] > 0
     hidden = llama.model.layers[0].input_layernorm(llama.model.embed_tokens(batch_of([60])[0]))
-    mixture, _ = routers[0].mixture(hidden)
+    mixture, _ = routers[0].mixture(hidden, torch.ones(1, 60, dtype=torch.bool))
     place = torch.arange(60) / 59
     votes = mixture[0, :, 0] * (1 - place) + mixture[0, :, 1] * place
     kept = torch.zeros(60, dtype=torch.bool)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from cases import every_press
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from pikv import PiKVCache
 from pikv.hf.attention import _observers
@@ -96,6 +96,53 @@ def test_composing_applies_each_ratio_to_what_was_left(llama):
         assert set(kept) <= set(before)
         sinks = [position for position in before if position == 0]
         assert kept == sinks + before[len(before) - 10 + len(sinks) :]
+
+
+def test_turn_by_turn_ends_where_all_at_once_does(llama):
+    press = ComposedPress([KnormPress(0.5), StreamingLLMPress(0.5)])
+    cache = PiKVCache(llama.config)
+    with press(llama):
+        llama(batch_of([40])[0], past_key_values=cache)
+        assert [stats["compression_ratio"] for stats in press.get_stats()["presses"]] == [0.5, 0.5]
+        for length in (4, 4, 12, 20):
+            llama(batch_of([length])[0], past_key_values=cache)
+    assert cache.lengths(0).tolist() == [[20] * 4]
+    assert press.get_stats()["compression_ratio"] == pytest.approx(0.75)
+    first, second = (stats["compression_ratio"] for stats in press.get_stats()["presses"])
+    assert (1 - first) * (1 - second) == pytest.approx(0.25)  # whichever of them evicted a token
+
+
+def test_the_window_is_shortened_from_its_old_end(llama):
+    assert kept_after(llama, SnapKVPress(0.5)) == [list(range(20, 40))] * 12
+
+
+def test_only_the_innermost_press_checks_the_length(llama):
+    with KnormPress(0.99)(llama), NoCompressionPress()(llama):
+        assert llama(batch_of([20])[0]).past_key_values.lengths(0).tolist() == [[20] * 4]
+
+
+def test_assisted_generation_is_refused(llama):
+    ids, _ = batch_of([20])
+    with KnormPress(0.5)(llama), pytest.raises(ValueError, match="assisted generation"):
+        llama.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
+    with KnormPress(0.5)(llama), pytest.raises(ValueError, match="beam search"):
+        llama.generate(ids, GenerationConfig(num_beams=2, max_new_tokens=2))
+
+
+def test_sampling_several_sequences(llama):
+    ids, mask = batch_of([40, 31])
+    with KnormPress(0.5)(llama):
+        out = llama.generate(
+            ids, attention_mask=mask, do_sample=True, num_return_sequences=2, max_new_tokens=3, return_dict_in_generate=True
+        )
+    assert out.sequences.shape == (4, 43)
+    assert out.past_key_values.lengths(0)[:, 0].tolist() == [22, 22, 18, 18]
+
+
+def test_head_scores_of_another_shape_are_refused(llama):
+    press = DuoAttentionPress(0.5, head_scores=torch.rand(3, 1))
+    with pytest.raises(ValueError, match=r"head scores of shape \(3, 1\)"), press(llama):
+        pass
 
 
 def test_duo_lets_the_heads_of_the_lowest_score_stream(llama):

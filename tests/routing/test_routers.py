@@ -36,8 +36,8 @@ def test_eplb_is_stable():
 
 def test_an_uncalibrated_router_mixes_evenly():
     router = create_moe_router("eplb", 16)
-    mixture, routing = router.mixture(torch.randn(2, 7, 16))
-    assert routing is None
+    mixture, routings = router.mixture(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool))
+    assert routings == []
     assert torch.equal(mixture, torch.full((2, 7, 4), 0.25))
 
 
@@ -45,10 +45,15 @@ def test_a_calibrated_router_weighs_its_top_experts():
     router = create_moe_router("eplb", 16, 4, 2)
     torch.nn.init.normal_(router.gate.weight)
     router.calibrated = True
-    mixture, routing = router.mixture(torch.randn(2, 8, 16))
-    assert routing is not None
-    assert ((mixture > 0).sum(-1) == 2).all()
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[1, :3] = False
+    hidden = torch.randn(2, 8, 16)
+    mixture, routings = router.mixture(hidden, real)
+    assert [len(routing.experts) for routing in routings] == [8, 5]
+    assert ((mixture[real] > 0).sum(-1) == 2).all()
     torch.testing.assert_close(mixture.sum(-1), torch.ones(2, 8))
+    alone, _ = router.mixture(hidden[1:, 3:], torch.ones(1, 5, dtype=torch.bool))
+    assert torch.equal(mixture[1, 3:], alone[0])
 
 
 def test_gradients_reach_the_gate():

@@ -50,7 +50,7 @@ def test_window_attention_is_pooled_and_keeps_its_own_tokens():
         attention[in_window] = 0
         padded = torch.cat([torch.zeros(kernel // 2), attention, torch.zeros(kernel // 2)])
         pooled = padded.unfold(0, kernel, 1).mean(1)
-        pooled[in_window] = 2.0
+        pooled[in_window] = 2 + view.kept.positions[b, g, valid][in_window] / int(view.seen[b])
         return pooled
 
     assert_rows_equal(view, WindowScorer(window, kernel).score(view), formula)

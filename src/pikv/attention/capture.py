@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _FUSED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
 
@@ -26,6 +25,6 @@ class CaptureLogSumExp(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func in _FUSED and result[1].shape == args[0].shape[:3]:
+        if func in _FUSED and result[1] is not None and result[1].shape == args[0].shape[:3]:
             self.logsumexp = result[1]
         return result

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from pikv.scoring.base import LayerView
@@ -11,8 +12,13 @@ class Budget(ABC):
     """Turns a layer's view into token counts; whole tokens throughout, ratios end here."""
 
     @abstractmethod
+    def wanted(self, view: LayerView) -> Tensor:
+        """Returns how many of the tokens given to it every row should hold, ``[B, G]`` (int64, CPU), at least 1."""
+
     def counts(self, view: LayerView) -> Tensor:
-        """Returns how many tokens every row keeps, ``[B, G]`` (int64, CPU), between 1 and the row's length."""
+        """Returns how many tokens every row keeps, ``[B, G]``: those wanted, or all where fewer are left."""
+        counts: Tensor = torch.minimum(self.wanted(view), view.kept.lengths)
+        return counts
 
     @abstractmethod
     def smallest(self, num_tokens: int) -> int:

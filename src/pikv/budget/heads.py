@@ -35,11 +35,10 @@ class HeadBudget(Budget):
         self.head_ratio = head_ratio
         self.window = sink_size + recent_size
 
-    def counts(self, view: LayerView) -> Tensor:
-        lengths = view.kept.lengths
+    def wanted(self, view: LayerView) -> Tensor:
         num_streaming = torch.tensor([self.num_streaming(float(given)) for given in view.given.double().mean(1)])
         streams = self.ranks[view.layer_idx].unsqueeze(0) < num_streaming.unsqueeze(1)
-        return torch.where(streams, lengths.clamp(max=self.window), lengths)
+        return torch.where(streams, view.given.clamp(max=self.window), view.given)
 
     def num_streaming(self, num_tokens: float) -> int:
         """How many of the model's KV heads stream when each row is given ``num_tokens`` tokens."""

@@ -14,10 +14,10 @@ class UniformBudget(Budget):
         self.ratio = ratio
         self.tokens = tokens
 
-    def counts(self, view: LayerView) -> Tensor:
-        lengths = view.kept.lengths
-        wanted = kept_tokens(view.given, self.ratio) if self.tokens is None else torch.full_like(lengths, self.tokens)
-        return torch.minimum(wanted.clamp(min=1), lengths)
+    def wanted(self, view: LayerView) -> Tensor:
+        if self.tokens is not None:
+            return view.given.clamp(max=self.tokens)
+        return kept_tokens(view.given, self.ratio).clamp(min=1)
 
     def smallest(self, num_tokens: int) -> int:
         if self.tokens is not None:

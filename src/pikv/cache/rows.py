@@ -156,7 +156,7 @@ class RaggedRows:
             for member, row in enumerate(block.rows):
                 by_length[len(indices[row])].append(member)
             for length, members in by_length.items():
-                chosen = torch.stack([indices[block.rows[member]] for member in members])
+                chosen = torch.stack([indices[block.rows[member]] for member in members]).to(block.keys.device)
                 blocks.append(block.gather(members, chosen, first_capacity(length)))
             self._note_eviction(block.rows)
         self.blocks = _merge(blocks)
@@ -165,21 +165,23 @@ class RaggedRows:
         for sequence in {row // self.num_kv_heads for row in rows}:
             self.seen_at_eviction[sequence] = self.seen[sequence]
 
+    def can_truncate(self, num_tokens: int) -> str | None:
+        """None, or the reason why the last ``num_tokens`` tokens of every sequence cannot be taken back."""
+        if any(seen - num_tokens < at for seen, at in zip(self.seen, self.seen_at_eviction, strict=True)):
+            return "tokens were evicted since they came, and what they were is gone"
+        return None
+
     def truncate(self, num_tokens: int) -> None:
         """Takes back the last ``num_tokens`` tokens of every sequence.
 
         Raises:
             ValueError: if something was evicted since then: the rows as they were cannot be had back.
         """
-        target = [seen - num_tokens for seen in self.seen]
-        if any(new < at for new, at in zip(target, self.seen_at_eviction, strict=True)):
-            raise ValueError(
-                f"cannot crop {num_tokens} tokens: tokens were evicted since, and what they were is gone; "
-                "crop only what was added after the last compression"
-            )
+        if reason := self.can_truncate(num_tokens):
+            raise ValueError(f"cannot take back {num_tokens} tokens: {reason}")
         for block in self.blocks:
             block.truncate(block.length - num_tokens)
-        self.seen = target
+        self.seen = [seen - num_tokens for seen in self.seen]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""

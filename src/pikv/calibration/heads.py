@@ -26,7 +26,7 @@ _NUM_SAMPLES = 3
 _NUM_RECORDS = 16
 _NUM_WORDS = 512
 
-_found: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+_found: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) -> Tensor:
@@ -36,25 +36,26 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     text. The result is remembered for the model object.
 
     Returns:
-        ``[num_layers, G]`` (float32, CPU); layers that cannot be compressed score 0
+        ``[num_layers, G]`` (float32, CPU)
     """
-    if tokenizer is None and model in _found:
-        return _found[model]
+    known = _found.setdefault(model, {}) if tokenizer is None else {}
+    if seed in known:
+        return known[seed]
     texts = tokenizer or _tokenizer_of(model)
     rng = random.Random(seed)
     samples = [_random_sample(rng, model) if texts is None else _text_sample(rng, texts) for _ in range(_NUM_SAMPLES)]
     scores = torch.stack([_measure(model, *sample) for sample in samples]).mean(0)
-    if tokenizer is None:
-        _found[model] = scores
+    known[seed] = scores
     return scores
 
 
 def _tokenizer_of(model: Any) -> Any:
     """The tokenizer that was saved beside the model, if there is one on this machine."""
     try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
     except (OSError, ValueError):
         return None
+    return tokenizer if tokenizer.is_fast else None  # only these know which characters a token stands for
 
 
 Probe = tuple[int, int, int]
@@ -93,9 +94,7 @@ def _random_sample(rng: random.Random, model: Any) -> tuple[list[int], list[Prob
 @torch.no_grad()
 def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> Tensor:
     """Mean attention mass from the probes' queries to their targets, the best query head of each KV head, ``[layers, G]``."""
-    config = model.config.get_text_config(decoder=True)
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    scores = torch.zeros(config.num_hidden_layers, num_heads)
+    scores = torch.zeros(head_shape(model.config))
     queries, starts, ends = (torch.tensor(column) for column in zip(*probes, strict=True))
     slots = torch.arange(len(token_ids))
     target = (slots >= starts.unsqueeze(1)) & (slots < ends.unsqueeze(1))
@@ -116,8 +115,15 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
     return scores
 
 
+def head_shape(config: Any) -> tuple[int, int]:
+    """Number of layers, and of KV heads in each."""
+    config = config.get_text_config(decoder=True)
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def save_head_scores(path: str | Path, scores: Tensor, config: Any) -> None:
     """Writes head scores ``[num_layers, G]`` with the kind of model they belong to."""
+    config = config.get_text_config(decoder=True)
     save_file({"head_scores": scores.contiguous()}, str(path), metadata={"model_type": config.model_type})
 
 
@@ -128,7 +134,7 @@ def load_head_scores(path: str | Path, config: Any) -> Tensor:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.
     """
     config = config.get_text_config(decoder=True)
-    expected = (config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    expected = head_shape(config)
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(str(path), framework="pt") as file:

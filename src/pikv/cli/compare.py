@@ -81,9 +81,9 @@ def compare_command(
     folder = choose_folder(out, "compare")
     loaded, tokenizer = load_model(model, device, dtype)
     chosen, inputs = prepare(config, loaded, tokenizer)
-    with progress_bars() as progress:
-        comparison = compare(config, loaded, tokenizer, chosen, inputs, progress)
-    with new_folder(folder) as part:
+    with new_folder(folder) as part:  # made first: better to know now that it cannot be
+        with progress_bars() as progress:
+            comparison = compare(config, loaded, tokenizer, chosen, inputs, progress)
         comparison.save(part)
         write_html(comparison, part / "report.html")
 

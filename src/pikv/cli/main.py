@@ -58,9 +58,6 @@ def main() -> None:
     except ValueError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; nothing was written")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

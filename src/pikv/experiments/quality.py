@@ -66,7 +66,7 @@ def measure_quality(run: QualityRun, method: Method, references: References, adv
 def kept_shares(cache: PiKVCache) -> Tensor:
     """The share of the tokens seen that each KV head keeps, mean over the batch, ``[num_layers, G]``."""
     shares = []
-    for layer in cache.ragged_layers:
+    for layer in range(len(cache.layers)):
         seen = torch.tensor(cache.rows(layer).seen).unsqueeze(1)
         shares.append((cache.lengths(layer) / seen).mean(0))
     return torch.stack(shares)

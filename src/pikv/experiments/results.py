@@ -97,10 +97,13 @@ class Comparison:
             "config": self.config,
             "environment": self.environment,
             "summary": json.loads(self.frame().to_json(orient="records")),
-            "quality": [{**asdict(quality), "accuracy": quality.accuracy} for quality in self.quality],
+            "quality": [
+                {**asdict(quality), "accuracy": None if math.isnan(quality.accuracy) else quality.accuracy}
+                for quality in self.quality
+            ],
             "speed": [asdict(speed) for speed in self.speed],
         }
-        (folder / "results.json").write_text(json.dumps(content, indent=1))
+        (folder / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False))
 
 
 def _speed_columns(speed: Speed) -> dict[str, Any]:

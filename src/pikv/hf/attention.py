@@ -58,6 +58,11 @@ def add_observer(module: nn.Module, observer: Observer) -> None:
     _observers.setdefault(module, []).append(observer)
 
 
+def is_innermost(module: nn.Module, observer: Observer) -> bool:
+    """Whether this observer is the one that is told."""
+    return _observers[module][-1] is observer
+
+
 def remove_observer(module: nn.Module, observer: Observer) -> None:
     _observers[module].remove(observer)
 
@@ -102,7 +107,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                     module, query, key, value, attention_mask, scaling=scaling, **kwargs
                 )
         else:
-            output = attend_rows(query, layer.rows, scale, layer.step.real).transpose(1, 2)
+            output = attend_rows(query, layer.rows, scale, layer.real).transpose(1, 2)
         if observer:
             observer.notify(
                 AttentionCall(
@@ -111,7 +116,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                     rows=layer.rows,
                     queries=query,
                     scaling=scale,
-                    real=layer.step.real,
+                    real=layer.real,
                     logsumexp=capture.logsumexp if capture else None,
                 )
             )

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin as HFLayer
 
 from pikv.cache.rows import RaggedRows
 from pikv.hf.attention import attach
-from pikv.hf.support import layer_types
+from pikv.hf.support import check_config
 
 
 class Step:
@@ -18,8 +17,13 @@ class Step:
     def __init__(self) -> None:
         self.serial = 0  # forwards begun
         self.num_new = 0  # columns of the input, padding included
-        self.is_first = True  # into an empty cache
+        self.columns = 0  # seen before, padding included
         self.real: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the cache was empty before."""
+        return self.columns == 0
 
     def begin(self, attention_mask: Tensor | None) -> None:
         """Opens a forward pass; ``attention_mask`` is ``[B, columns seen and new]`` (bool) or None."""
@@ -48,6 +52,7 @@ class PiKVLayer(HFLayer):
         self.rows: RaggedRows | None = None
         self.columns = 0  # tokens seen, padding included
         self.columns_at_padding = 0
+        self.real: Tensor | None = None  # the step's, on this layer's device
         self.is_handed_over = False
         self._last_serial = 0
 
@@ -72,15 +77,21 @@ class PiKVLayer(HFLayer):
                 "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
                 "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made"
             )
+        if self.columns != self.step.columns:
+            raise RuntimeError(
+                "the layers of this cache have seen different numbers of tokens: an earlier forward pass was interrupted; "
+                "start again with a new cache, or after reset()"
+            )
         self._last_serial = self.step.serial
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
         assert self.rows is not None
         if key_states.shape[0] != self.rows.batch_size:
             raise ValueError(f"the cache holds {self.rows.batch_size} sequences, the input {key_states.shape[0]}")
-        self.rows.append(key_states, value_states, self.step.real)
+        self.real = None if self.step.real is None else self.step.real.to(key_states.device)
+        self.rows.append(key_states, value_states, self.real)
         self.columns += self.step.num_new
-        if self.step.real is not None:
+        if self.real is not None:
             self.columns_at_padding = self.columns
         self.is_handed_over = True
         key_states.pikv_layer = self  # type: ignore[attr-defined]
@@ -94,7 +105,7 @@ class PiKVLayer(HFLayer):
         """``query_length`` is a number, or in older releases of transformers the ``cache_position`` tensor."""
         num_new = query_length if isinstance(query_length, int) else query_length.shape[0]
         self.step.num_new = num_new
-        self.step.is_first = self.columns == 0
+        self.step.columns = self.columns
         length = StepLength(self.columns + num_new)
         length.step = self.step
         return length, 0
@@ -108,19 +119,22 @@ class PiKVLayer(HFLayer):
         self.__init__(self.step)  # type: ignore[misc]
         self._last_serial = self.step.serial
 
-    def crop(self, max_length: int) -> None:
-        """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many.
-
-        Raises:
-            ValueError: if something was evicted since they came, or padding came with them.
-        """
-        num_tokens = self.columns - max_length if max_length > 0 else -max_length
-        if num_tokens <= 0 or self.rows is None:
-            return
+    def can_crop(self, num_tokens: int) -> str | None:
+        """None, or the reason why the last ``num_tokens`` tokens cannot be taken back."""
+        if self.rows is None or num_tokens == 0:
+            return None
         if self.columns - num_tokens < self.columns_at_padding:
-            raise ValueError("cannot crop back beyond a padded input")
-        self.rows.truncate(num_tokens)
-        self.columns -= num_tokens
+            return "padding came with them"
+        return self.rows.can_truncate(num_tokens)
+
+    def crop(self, max_length: int) -> None:
+        """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many (see ``PiKVCache.crop``)."""
+        num_tokens = max(0, self.columns - max_length) if max_length > 0 else -max_length
+        if reason := self.can_crop(num_tokens):
+            raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
+        if self.rows is not None:
+            self.rows.truncate(num_tokens)
+            self.columns -= num_tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("beam search is not supported on a PiKVCache; use num_beams=1")
@@ -135,9 +149,8 @@ class PiKVLayer(HFLayer):
 class PiKVCache(Cache):
     """A transformers cache in which every KV head of every sequence has its own length.
 
-    Pass it as ``past_key_values``. Layers with a sliding window are left to transformers, which bounds them already.
-    Making one directs the model's attention through PiKV's attention function, which leaves every other cache to the
-    implementation that the model had before.
+    Pass it as ``past_key_values``. Making one directs the model's attention through PiKV's attention function, which leaves
+    every other cache to the implementation that the model had before.
 
     Raises:
         ValueError: if the architecture is not supported.
@@ -145,14 +158,9 @@ class PiKVCache(Cache):
 
     def __init__(self, config: Any) -> None:
         config = config.get_text_config(decoder=True)
+        check_config(config)
         self.step = Step()
-        layers: list[HFLayer] = [
-            DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
-            if kind == "sliding_attention"
-            else PiKVLayer(self.step)
-            for kind in layer_types(config)
-        ]
-        super().__init__(layers=layers)
+        super().__init__(layers=[PiKVLayer(self.step) for _ in range(config.num_hidden_layers)])
         attach(config)
 
     @classmethod
@@ -171,42 +179,28 @@ class PiKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the storage holds now, by what is allocated: keys, values, positions, unused capacity."""
-        return sum(_layer_nbytes(layer) for layer in self.layers)
+        return sum(layer.rows.nbytes for layer in self.layers if layer.rows)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that an uncompressed cache would hold for the tokens seen (padding not counted)."""
-        return sum(
-            (layer.rows.dense_nbytes if layer.rows else 0) if isinstance(layer, PiKVLayer) else _layer_nbytes(layer)
-            for layer in self.layers
-        )
+        return sum(layer.rows.dense_nbytes for layer in self.layers if layer.rows)
 
     @property
     def compression_ratio(self) -> float:
         """``1 - nbytes / dense_nbytes``; slightly below 0 for a full cache that has room to grow."""
         return 1 - self.nbytes / self.dense_nbytes if self.dense_nbytes else 0.0
 
-    @property
-    def is_empty(self) -> bool:
-        return bool(self.get_seq_length() == 0)
-
-    @property
-    def ragged_layers(self) -> list[int]:
-        """Indices of the layers that can be compressed."""
-        return [index for index, layer in enumerate(self.layers) if isinstance(layer, PiKVLayer)]
-
     def rows(self, layer_idx: int) -> RaggedRows:
         """The ragged rows of a layer.
 
         Raises:
-            ValueError: for a sliding-window layer, and before anything was stored.
+            ValueError: before anything was stored.
         """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PiKVLayer):
-            raise ValueError(f"layer {layer_idx} has a sliding window: transformers keeps it, its rows are not ragged")
-        if layer.rows is None:
+        rows: RaggedRows | None = self.layers[layer_idx].rows
+        if rows is None:
             raise ValueError(f"layer {layer_idx} holds nothing yet")
-        return layer.rows
+        return rows
 
     def lengths(self, layer_idx: int) -> Tensor:
         """Kept tokens per row, ``[B, G]`` (int64)."""
@@ -218,8 +212,7 @@ class PiKVCache(Cache):
 
     def check_integrity(self) -> None:
         """Raises AssertionError if any row is broken."""
-        for index in self.ragged_layers:
-            layer = self.layers[index]
+        for layer in self.layers:
             if layer.rows is not None:
                 layer.rows.check_integrity()
 
@@ -227,15 +220,12 @@ class PiKVCache(Cache):
         """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many.
 
         Raises:
-            ValueError: if tokens were evicted since they came, before anything is changed.
+            ValueError: if tokens were evicted since they came, or padding came with them; then nothing is changed.
         """
-        num_tokens = self.get_seq_length() - max_length if max_length > 0 else -max_length
-        for index in self.ragged_layers:
-            layer = self.layers[index]
-            if layer.rows is not None and any(
-                seen - num_tokens < at for seen, at in zip(layer.rows.seen, layer.rows.seen_at_eviction, strict=True)
-            ):
-                layer.crop(-num_tokens)  # raises
+        num_tokens = max(0, self.get_seq_length() - max_length) if max_length > 0 else -max_length
+        for layer in self.layers:
+            if reason := layer.can_crop(num_tokens):
+                raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
         for layer in self.layers:
             layer.crop(-num_tokens)
 
@@ -243,9 +233,3 @@ class PiKVCache(Cache):
 def is_empty_dynamic(cache: Any) -> bool:
     """Whether this is a DynamicCache of transformers that holds nothing yet."""
     return type(cache) is DynamicCache and cache.get_seq_length() == 0
-
-
-def _layer_nbytes(layer: HFLayer) -> int:
-    if isinstance(layer, PiKVLayer):
-        return layer.rows.nbytes if layer.rows else 0
-    return sum(t.nbytes for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor))

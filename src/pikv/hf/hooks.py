@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pikv.hf.attention import AttentionCall, Observer, add_observer, attach, remove_observer
+from pikv.hf.attention import AttentionCall, Observer, add_observer, attach, is_innermost, remove_observer
 from pikv.hf.cache import PiKVCache, is_empty_dynamic
 from pikv.hf.support import attention_modules, check_supported
 
@@ -61,39 +61,49 @@ def observe(
         num_new = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         if num_new == 0:
             raise ValueError("the input is empty")
-        before_forward(num_new, cache)
+        if is_innermost(modules[0], observer):
+            before_forward(num_new, cache)
         return (), {**given, "past_key_values": cache}
 
     def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states[module] = args[0] if args else kwargs["hidden_states"]
+        if is_innermost(module, observer):
+            hidden_states.clear()  # an earlier module's, where nothing came of it
+            hidden_states[module] = args[0] if args else kwargs["hidden_states"]
 
     def leave_attention(call: AttentionCall) -> None:
         after_attention(ObservedCall(call=call, hidden_states=hidden_states.pop(call.module)))
 
+    modules = list(attention_modules(model).values())
     observer = Observer(notify=leave_attention, wants_logsumexp=wants_logsumexp)
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
-        for module in attention_modules(model).values():
+        for module in modules:
             undo.callback(module.register_forward_pre_hook(enter_attention, with_kwargs=True).remove)
             add_observer(module, observer)
             undo.callback(remove_observer, module, observer)
-        undo.enter_context(_without_beam_search(model))
+        undo.enter_context(_plain_generation(model))
         yield
 
 
 @contextmanager
-def _without_beam_search(model: Any) -> Iterator[None]:
-    """Lets ``model.generate`` refuse beam search before it computes anything."""
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Lets ``model.generate`` refuse, before it computes anything, what takes tokens back or sequences apart."""
     generate = getattr(model, "generate", None)
     if generate is None or "generate" in vars(model):  # an outer block guards it already
         yield
         return
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or model.generation_config
-        num_beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
-        if num_beams > 1:
+        given = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
+        config = given.get("generation_config") or model.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        if (setting("num_beams") or 1) > 1:
             raise ValueError("beam search is not supported on a compressed cache; use num_beams=1")
+        if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+            raise ValueError("assisted generation takes tokens back, which a cache that is being compressed cannot do")
         return generate(*args, **kwargs)
 
     model.generate = guarded

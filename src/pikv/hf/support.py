@@ -4,25 +4,21 @@ from typing import Any
 
 from torch import nn
 
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
-
-def layer_types(config: Any) -> list[str]:
-    """The kind of every layer's attention: ``full_attention`` or ``sliding_attention``.
-
-    Raises:
-        ValueError: for layers that are neither (linear attention, state spaces, chunked attention).
-    """
+def check_config(config: Any) -> None:
+    """Raises ValueError, with the reason, for an architecture whose layers cannot all be ragged."""
+    name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type}: encoder-decoder models are not supported")
-    declared = getattr(config, "layer_types", None)
-    if declared is None:
-        sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-        declared = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    unknown = sorted(set(declared) - _SUPPORTED_LAYERS)
+        raise ValueError(f"{name}: encoder-decoder models are not supported")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"]
+    unknown = sorted(set(kinds) - {"full_attention"})
     if unknown:
-        raise ValueError(f"{config.model_type}: layers of the kind {', '.join(unknown)} are not supported")
-    return list(declared)
+        raise ValueError(f"{name}: layers of the kind {', '.join(unknown)} are not supported")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"{name}: attention with soft-capped logits is not supported")
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -40,18 +36,14 @@ def check_supported(model: Any) -> None:
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} is not a transformers model")
     config = config.get_text_config(decoder=True)
-    kinds = layer_types(config)
+    check_config(config)
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"{config.model_type}: its attention does not go through the attention registry of transformers, "
             "so PiKV cannot reach it"
         )
-    if "full_attention" not in kinds:
-        raise ValueError(f"{config.model_type}: all layers have a sliding window, so there is nothing to compress")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{config.model_type}: attention with soft-capped logits is not supported")
     modules = attention_modules(model)
-    if len(modules) != len(kinds):
-        raise ValueError(f"{config.model_type}: found {len(modules)} attention modules for {len(kinds)} layers")
+    if len(modules) != config.num_hidden_layers:
+        raise ValueError(f"{config.model_type}: {len(modules)} attention modules for {config.num_hidden_layers} layers")
     if any(getattr(module, "sinks", None) is not None for module in modules.values()):
         raise ValueError(f"{config.model_type}: attention with learned sinks is not supported")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,25 @@ from torch import Tensor
 from pikv.presses.session import apply
 from pikv.scoring.base import LayerView
 
-Stage = Callable[[LayerView], Sequence[Tensor] | None]
-"""One decision: from a layer's view to the tokens to keep of every row ``b * G + g``; None leaves the layer as it is."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """Which tokens of every row ``b * G + g`` to keep; None leaves the layer as it is.
+
+    ``wanted`` ``[B, G]`` is how many tokens the rows would hold had all of the given ones been there; None: as many as they do.
+    A further stage's ratio refers to it.
+    """
+
+    kept: Sequence[Tensor] | None
+    wanted: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """A press and how it decides about a layer of the model that it is bound to."""
+
+    press: "BasePress"
+    decide: Callable[[LayerView], Decision]
 
 
 def check_ratio(ratio: float, name: str = "compression_ratio") -> float:
@@ -51,19 +69,23 @@ class BasePress:
 
     def bind(self, model: Any) -> list[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""
-        return [self.compress]
+        return [Stage(press=self, decide=self.decide)]
+
+    def decide(self, view: LayerView) -> Decision:
+        """Decides about one layer."""
+        return Decision(kept=self.compress(view))
 
     def compress(self, view: LayerView) -> Sequence[Tensor] | None:
-        """Decides which tokens of one layer stay."""
+        """Returns the tokens of one layer to keep, for every row ``b * G + g`` ascending token numbers; None keeps all."""
         return None
 
     def smallest(self, num_tokens: int) -> int:
         """Tokens that the smallest row would keep of a context of ``num_tokens``."""
         return num_tokens
 
-    def record(self, layer_idx: int, num_given: int, num_kept: int) -> None:
-        """Notes how many tokens a layer had and has, over all its rows."""
-        self._kept.setdefault(layer_idx, []).append((num_given, num_kept))
+    def record(self, layer_idx: int, num_given: int, num_evicted: int) -> None:
+        """Notes how many tokens, over all its rows, were newly given to a layer, and how many this press evicted from it."""
+        self._kept.setdefault(layer_idx, []).append((num_given, num_given - num_evicted))
 
     def get_stats(self) -> dict[str, Any]:
         """What the press did since the last reset: compressions, and the share removed, by layer and in all."""

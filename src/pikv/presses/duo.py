@@ -1,6 +1,5 @@
 """DuoAttention: heads that retrieve keep all tokens, heads that do not only sinks and recent ones (arXiv 2410.10819)."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from pikv.budget.heads import HeadBudget
 from pikv.budget.select import select
-from pikv.calibration.heads import find_retrieval_heads, load_head_scores
-from pikv.presses.base import BasePress, Stage, check_ratio
+from pikv.calibration.heads import find_retrieval_heads, head_shape, load_head_scores
+from pikv.presses.base import BasePress, Decision, Stage, check_ratio
 from pikv.scoring.base import LayerView
 from pikv.scoring.position import PositionScorer
 
@@ -65,6 +64,8 @@ class DuoAttentionPress(BasePress):
             scores = find_retrieval_heads(model)
         elif not isinstance(scores, Tensor):
             scores = load_head_scores(scores, model.config)
+        if tuple(scores.shape) != head_shape(model.config):
+            raise ValueError(f"head scores of shape {tuple(scores.shape)}, but the model has {head_shape(model.config)} heads")
         budget = HeadBudget(
             scores,
             ratio=self._ratio,
@@ -72,14 +73,13 @@ class DuoAttentionPress(BasePress):
             sink_size=self.sink_size,
             recent_size=self.recent_size,
         )
-        return [partial(self._compress, budget)]
+        return [Stage(press=self, decide=partial(self._decide, budget))]
 
-    def _compress(self, budget: HeadBudget, view: LayerView) -> Sequence[Tensor] | None:
-        lengths = view.kept.lengths
-        counts = budget.counts(view)
-        if bool((counts == lengths).all()):
-            return None
-        return select(PositionScorer(self.sink_size).score(view), counts, lengths)
+    def _decide(self, budget: HeadBudget, view: LayerView) -> Decision:
+        lengths, counts = view.kept.lengths, budget.counts(view)
+        scores = PositionScorer(self.sink_size).score(view)
+        kept = None if bool((counts == lengths).all()) else select(scores, counts, lengths)
+        return Decision(kept=kept, wanted=budget.wanted(view))
 
     def smallest(self, num_tokens: int) -> int:
         return min(self.sink_size + self.recent_size, num_tokens)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pikv.budget.select import select
 from pikv.budget.uniform import UniformBudget
-from pikv.presses.base import BasePress, Stage, check_ratio
-from pikv.routing.base import MoERouter, Routing, routing_stats, warn_uncalibrated
+from pikv.presses.base import BasePress, Decision, Stage, check_ratio
+from pikv.routing.base import MoERouter, Routing, RoutingStats, warn_uncalibrated
 from pikv.routing.factory import create_moe_router, router_class
 from pikv.scoring.base import LayerView
 from pikv.scoring.experts import RetentionExpert, default_experts
@@ -68,20 +68,20 @@ class MoERouterPress(BasePress):
         if not self._has_warned and not all(router.calibrated for router in routers.values()):
             self._has_warned = True
             warn_uncalibrated(next(iter(routers.values())))
-        return [partial(self._compress, routers)]
+        return [Stage(press=self, decide=partial(self._decide, routers))]
 
-    def _compress(self, routers: Mapping[int, MoERouter], view: LayerView) -> Sequence[Tensor] | None:
-        counts = self.budget.counts(view)
+    def _decide(self, routers: Mapping[int, MoERouter], view: LayerView) -> Decision:
+        lengths, counts, wanted = view.kept.lengths, self.budget.counts(view), self.budget.wanted(view)
+        if bool((counts == lengths).all()):
+            return Decision(kept=None, wanted=wanted)
         router = routers[view.layer_idx]
-        mixture, routing = router.mixture(view.hidden_states)
-        record = self._layers.setdefault(view.layer_idx, _LayerRecord(router))
-        if bool((counts == view.kept.lengths).all()):
-            return None
+        mixture, routings = router.mixture(view.hidden_states, view.real)
         votes = torch.stack([expert.votes(view) for expert in self.experts.values()], dim=-1)
         scores = (votes * _weights_of_kept(view, mixture)).sum(-1)
-        kept = select(scores, counts, view.kept.lengths)
-        record.note(routing, 1 - float(counts.sum() / view.kept.lengths.sum()), _hit_rate(view, kept))
-        return kept
+        kept = select(scores, counts, lengths)
+        record = self._layers.setdefault(view.layer_idx, _LayerRecord(router))
+        record.note(routings, 1 - float(counts.sum() / lengths.sum()), _hit_rate(view, kept))
+        return Decision(kept=kept, wanted=wanted)
 
     def smallest(self, num_tokens: int) -> int:
         return self.budget.smallest(num_tokens)
@@ -90,10 +90,10 @@ class MoERouterPress(BasePress):
         """Beside what every press reports: auxiliary losses, calibration, and by layer expert usage and measured hit rates."""
         stats = super().get_stats()
         records = self._layers.values()
-        losses = [float(routing.loss) for record in records for routing in record.routings]
+        losses = [loss for record in records for loss in record.routing.losses]
         by_layer: dict[int, dict[str, Any]] = defaultdict(dict, stats["layer_stats"])
         for layer, record in self._layers.items():
-            usage = routing_stats(record.router, record.routings)
+            usage = record.routing.summary()
             by_layer[layer] |= {
                 "router_stats": usage,
                 "expert_compression_stats": {
@@ -104,7 +104,7 @@ class MoERouterPress(BasePress):
             }
         return {
             **stats,
-            "calibrated": bool(records) and all(record.router.calibrated for record in records),
+            "calibrated": bool(records) and all(record.routing.router.calibrated for record in records),
             "forward_count": stats["compression_count"],
             "total_aux_loss": sum(losses),
             "avg_aux_loss": sum(losses) / len(losses) if losses else 0.0,
@@ -120,14 +120,13 @@ class _LayerRecord:
     """What one layer's router did since the last reset."""
 
     def __init__(self, router: MoERouter) -> None:
-        self.router = router
-        self.routings: list[Routing] = []
+        self.routing = RoutingStats(router)
         self.ratios: list[float] = []
         self.hit_rates: list[float] = []
 
-    def note(self, routing: Routing | None, ratio: float, hit_rate: float) -> None:
-        if routing is not None:
-            self.routings.append(routing)
+    def note(self, routings: list[Routing], ratio: float, hit_rate: float) -> None:
+        for routing in routings:
+            self.routing.add(routing)
         self.ratios.append(ratio)
         self.hit_rates.append(hit_rate)
 

@@ -1,13 +1,11 @@
 """Presses made of one scorer and one budget."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from pikv.budget.base import Budget
 from pikv.budget.select import select
 from pikv.budget.uniform import UniformBudget
-from pikv.presses.base import BasePress, check_ratio
+from pikv.presses.base import BasePress, Decision, check_ratio
 from pikv.scoring.base import LayerView, Scorer
 
 
@@ -35,12 +33,10 @@ class ScorerPress(BasePress):
         """Scores ``[B, G, L]`` of a layer's tokens, of which ``counts`` ``[B, G]`` will stay."""
         return self.scorer.score(view)
 
-    def compress(self, view: LayerView) -> Sequence[Tensor] | None:
-        lengths = view.kept.lengths
-        counts = self.budget.counts(view)
-        if bool((counts == lengths).all()):
-            return None
-        return select(self.scores(view, counts), counts, lengths)
+    def decide(self, view: LayerView) -> Decision:
+        lengths, counts = view.kept.lengths, self.budget.counts(view)
+        kept = None if bool((counts == lengths).all()) else select(self.scores(view, counts), counts, lengths)
+        return Decision(kept=kept, wanted=self.budget.wanted(view))
 
     def smallest(self, num_tokens: int) -> int:
         return self.budget.smallest(num_tokens)

@@ -46,18 +46,24 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
 def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall, num_layers: int) -> None:
     """Takes every stage's decision about one layer and carries it out.
 
-    The first stage's ratio refers to all tokens seen, so that a conversation that is compressed turn by turn ends up with the
-    same share as one that is compressed at once; every further one's to what the stage before left.
+    The first stage's ratio refers to all tokens seen, every further one's to what the stage before wants to be left of them.
+    So a conversation that is compressed turn by turn ends up with the same share as one that is compressed at once.
     """
-    rows = observed.call.rows
-    num_given = int(rows.lengths.sum())
+    call, rows = observed.call, observed.call.rows
+    num_columns = call.queries.shape[0] * call.queries.shape[2] if call.real is None else int(call.real.sum())
+    num_new = num_given = num_columns * rows.num_kv_heads
     given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
     for stage in stages:
-        kept = stage(view_of(observed, rows, given, num_layers))
-        if kept is not None:
-            rows.keep(kept)
-        given = rows.lengths
-    press.record(observed.call.layer_idx, num_given, int(rows.lengths.sum()))
+        before = int(rows.lengths.sum())
+        decision = stage.decide(view_of(observed, rows, given, num_layers))
+        if decision.kept is not None:
+            rows.keep(decision.kept)
+        num_evicted = before - int(rows.lengths.sum())
+        stage.press.record(call.layer_idx, num_given, num_evicted)
+        num_given -= num_evicted
+        given = rows.lengths if decision.wanted is None else decision.wanted
+    if all(stage.press is not press for stage in stages):
+        press.record(call.layer_idx, num_new, num_new - num_given)
 
 
 def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor, num_layers: int) -> LayerView:

@@ -1,6 +1,7 @@
 """Result folders: made whole or not at all, never overwritten."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,11 +26,15 @@ def choose_folder(wanted: Path | None, kind: str) -> Path:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which takes its name only when the block ends well."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error}") from None
     try:
         yield part
+        part.chmod(0o755)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

@@ -54,7 +54,7 @@ class MoERouter(nn.Module):
             raise ValueError(f"hidden size {hidden_states.shape[-1]}, but the router was made for {self.hidden_size}")
         if not bool(hidden_states.isfinite().all()):
             raise ValueError("hidden states contain NaN or infinity")
-        logits = self.gate(hidden_states.reshape(-1, self.hidden_size).to(self.gate.weight.dtype))
+        logits = self.gate(hidden_states.reshape(-1, self.hidden_size).to(self.gate.weight))
         probs = logits.softmax(-1)
         experts = self.assign(logits.detach())
         chosen = probs.gather(1, experts)
@@ -66,14 +66,21 @@ class MoERouter(nn.Module):
             loss=self.num_experts * (probs.mean(0) * share).sum(),
         )
 
-    def mixture(self, hidden_states: Tensor) -> tuple[Tensor, Routing | None]:
-        """The weight of every expert for every token, ``[B, T, E]``; even, without routing, while nothing was learned."""
-        shape = (*hidden_states.shape[:2], self.num_experts)
-        if not self.calibrated:
-            return torch.full(shape, 1 / self.num_experts, device=hidden_states.device), None
-        routing = self.route(hidden_states)
-        dense = torch.zeros_like(routing.probs).scatter(1, routing.experts, routing.weights)
-        return dense.view(shape), routing
+    def mixture(self, hidden_states: Tensor, real: Tensor) -> tuple[Tensor, list[Routing]]:
+        """The weight of every expert for every token, ``[B, T, E]``; even, without routing, while nothing was learned.
+
+        Each sequence is routed by itself, and padding (``real`` ``[B, T]`` False) not at all, so that a batch gives every
+        sequence what it gets alone.
+        """
+        weights = torch.full((*hidden_states.shape[:2], self.num_experts), 1 / self.num_experts, device=hidden_states.device)
+        routings: list[Routing] = []
+        if self.calibrated:
+            for sequence, columns in enumerate(real):
+                routing = self.route(hidden_states[sequence, columns])
+                sparse = torch.zeros_like(routing.probs).scatter(1, routing.experts, routing.weights)
+                weights[sequence, columns] = sparse.to(weights)
+                routings.append(routing)
+        return weights, routings
 
 
 def warn_uncalibrated(router: MoERouter) -> None:
@@ -84,14 +91,24 @@ def warn_uncalibrated(router: MoERouter) -> None:
     )
 
 
-def routing_stats(router: MoERouter, routings: list[Routing]) -> dict[str, Any]:
-    """How the tokens were spread over the experts: shares of the assignments, and the largest over the mean load."""
-    if not routings:
-        return {"calibrated": router.calibrated, "expert_usage_ratios": [1 / router.num_experts] * router.num_experts}
-    counts = sum(torch.bincount(routing.experts.flatten().cpu(), minlength=router.num_experts) for routing in routings)
-    assert isinstance(counts, Tensor)
-    return {
-        "calibrated": router.calibrated,
-        "expert_usage_ratios": (counts / counts.sum()).tolist(),
-        "max_over_mean_load": float(counts.max() / counts.double().mean()),
-    }
+class RoutingStats:
+    """How tokens were spread over the experts of a router, added up without keeping the tokens' own tensors."""
+
+    def __init__(self, router: MoERouter) -> None:
+        self.router = router
+        self.load = torch.zeros(router.num_experts, dtype=torch.long)
+        self.losses: list[float] = []
+
+    def add(self, routing: Routing) -> None:
+        self.load += torch.bincount(routing.experts.flatten().cpu(), minlength=self.router.num_experts)
+        self.losses.append(float(routing.loss))
+
+    def summary(self) -> dict[str, Any]:
+        """Shares of the assignments by expert, the largest over the mean load, and whether anything was learned."""
+        num_experts, total = self.router.num_experts, int(self.load.sum())
+        shares = (self.load / total).tolist() if total else [1 / num_experts] * num_experts
+        return {
+            "calibrated": self.router.calibrated,
+            "expert_usage_ratios": shares,
+            "max_over_mean_load": max(shares) * num_experts,
+        }

@@ -10,7 +10,8 @@ from pikv.scoring.base import LayerView, Scorer
 class WindowScorer(Scorer):
     """Scores a token by the mean attention that the last ``window_size`` queries pay it, smoothed over its neighbours.
 
-    The window's own tokens come first. ``kernel_size`` is the width of the average pooling; 1 leaves the scores as they are.
+    The window's own tokens come first, the newest before the others. ``kernel_size`` is the width of the average pooling; 1
+    leaves the scores as they are.
     """
 
     def __init__(self, window_size: int = 32, kernel_size: int = 5) -> None:
@@ -23,7 +24,9 @@ class WindowScorer(Scorer):
         attention = attention.masked_fill(in_window, 0.0)
         if self.kernel_size > 1:
             attention = avg_pool1d(attention, self.kernel_size, padding=self.kernel_size // 2, stride=1)
-        return attention.masked_fill(in_window, 2.0)  # more than any mean of probabilities
+        # More than any mean of probabilities, and the newest first where not even the window fits.
+        recency = 2 + view.kept.positions / view.seen.view(-1, 1, 1).to(attention.device)
+        return torch.where(in_window, recency, attention)
 
 
 def window_attention(view: LayerView, window_size: int) -> Tensor:
