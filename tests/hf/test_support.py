@@ -14,6 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from pikv import get_press, list_presses
 from pikv.hf.support import check_config, check_supported
 from pikv.presses import NoCompressionPress
 
@@ -48,9 +49,10 @@ def test_encoder_decoder_models():
         check_supported(model)
 
 
-def test_something_that_is_no_model():
-    with pytest.raises(ValueError, match="not a transformers model"):
-        check_supported(object())
+@pytest.mark.parametrize("name", list_presses())
+def test_something_that_is_no_model(name):
+    with pytest.raises(ValueError, match="not a transformers model"), get_press(name)(object()):
+        pass
 
 
 def test_sliding_windows_are_refused_only_where_they_are_used():

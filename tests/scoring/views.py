@@ -25,7 +25,6 @@ def ragged_view(lengths=(30, 20, 30, 7), seen=(40, 33), num_new=16, real_counts=
     real = torch.arange(num_new) >= num_new - torch.tensor(real_counts).unsqueeze(1)
     return LayerView(
         layer_idx=0,
-        num_layers=1,
         kept=PaddedRows(keys=keys, values=values, positions=positions, lengths=torch.tensor(lengths).view(BATCH, KV_HEADS)),
         queries=torch.randn(BATCH, HEADS, num_new, DIM, generator=generator),
         hidden_states=torch.randn(BATCH, num_new, HIDDEN, generator=generator),

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from pikv.budget.heads import HeadBudget
-from pikv.budget.select import select
 from pikv.calibration.heads import find_retrieval_heads, head_shape, load_head_scores
 from pikv.presses.base import BasePress, Decision, Stage, check_ratio
+from pikv.presses.scorer import decide_by
 from pikv.scoring.base import LayerView
 from pikv.scoring.position import PositionScorer
 
@@ -76,10 +76,7 @@ class DuoAttentionPress(BasePress):
         return [Stage(press=self, decide=partial(self._decide, budget))]
 
     def _decide(self, budget: HeadBudget, view: LayerView) -> Decision:
-        lengths, counts = view.kept.lengths, budget.counts(view)
-        scores = PositionScorer(self.sink_size).score(view)
-        kept = None if bool((counts == lengths).all()) else select(scores, counts, lengths)
-        return Decision(kept=kept, wanted=budget.wanted(view))
+        return decide_by(budget, view, lambda counts: PositionScorer(self.sink_size).score(view))
 
     def smallest(self, num_tokens: int) -> int:
         return min(self.sink_size + self.recent_size, num_tokens)

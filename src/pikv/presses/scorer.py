@@ -1,5 +1,7 @@
 """Presses made of one scorer and one budget."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pikv.budget.base import Budget
@@ -7,6 +9,13 @@ from pikv.budget.select import select
 from pikv.budget.uniform import UniformBudget
 from pikv.presses.base import BasePress, Decision, check_ratio
 from pikv.scoring.base import LayerView, Scorer
+
+
+def decide_by(budget: Budget, view: LayerView, score: Callable[[Tensor], Tensor]) -> Decision:
+    """Keeps what scores highest, as much as the budget allows; ``score`` is only asked where something must go."""
+    lengths, counts = view.kept.lengths, budget.counts(view)
+    kept = None if bool((counts == lengths).all()) else select(score(counts), counts, lengths)
+    return Decision(kept=kept, wanted=budget.wanted(view))
 
 
 class ScorerPress(BasePress):
@@ -34,9 +43,7 @@ class ScorerPress(BasePress):
         return self.scorer.score(view)
 
     def decide(self, view: LayerView) -> Decision:
-        lengths, counts = view.kept.lengths, self.budget.counts(view)
-        kept = None if bool((counts == lengths).all()) else select(self.scores(view, counts), counts, lengths)
-        return Decision(kept=kept, wanted=self.budget.wanted(view))
+        return decide_by(self.budget, view, lambda counts: self.scores(view, counts))
 
     def smallest(self, num_tokens: int) -> int:
         return self.budget.smallest(num_tokens)

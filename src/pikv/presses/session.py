@@ -11,6 +11,7 @@ import torch
 from pikv.cache.rows import RaggedRows
 from pikv.hf.cache import PiKVCache
 from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.support import check_supported
 from pikv.scheduling.after_prefill import AfterPrefill
 from pikv.scoring.base import LayerView
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @contextmanager
 def apply(press: BasePress, model: Any) -> Iterator[None]:
     """Lets ``press`` compress the caches of ``model`` until the block ends."""
+    check_supported(model)  # before a press looks at the model in its own way
     stages = press.bind(model)
     scheduler = AfterPrefill()
 
@@ -31,7 +33,7 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
 
     def after_attention(observed: ObservedCall) -> None:
         if scheduler.should_act(observed.call.queries.shape[2]):
-            compress_layer(press, stages, observed, num_layers=model.config.get_text_config(decoder=True).num_hidden_layers)
+            compress_layer(press, stages, observed)
 
     with observe(
         model,
@@ -43,7 +45,7 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall, num_layers: int) -> None:
+def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall) -> None:
     """Takes every stage's decision about one layer and carries it out.
 
     The first stage's ratio refers to all tokens seen, every further one's to what the stage before wants to be left of them.
@@ -55,7 +57,7 @@ def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall
     given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
     for stage in stages:
         before = int(rows.lengths.sum())
-        decision = stage.decide(view_of(observed, rows, given, num_layers))
+        decision = stage.decide(view_of(observed, rows, given))
         if decision.kept is not None:
             rows.keep(decision.kept)
         num_evicted = before - int(rows.lengths.sum())
@@ -66,7 +68,7 @@ def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall
         press.record(call.layer_idx, num_new, num_new - num_given)
 
 
-def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor, num_layers: int) -> LayerView:
+def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor) -> LayerView:
     """What a stage is shown of a layer."""
     call = observed.call
     batch, _, num_new, _ = call.queries.shape
@@ -75,7 +77,6 @@ def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor, num_l
         real = torch.ones((batch, num_new), dtype=torch.bool, device=call.queries.device)
     return LayerView(
         layer_idx=call.layer_idx,
-        num_layers=num_layers,
         kept=rows.padded(),
         queries=call.queries.detach(),
         hidden_states=observed.hidden_states.detach(),

@@ -21,7 +21,6 @@ class LayerView:
     """
 
     layer_idx: int
-    num_layers: int
     kept: PaddedRows
     queries: Tensor
     hidden_states: Tensor
