@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from common import build_model, measure_bandwidth, median, print_json, print_table, timed
 from pikv import PiKVCache
-from pikv.hf.cache import PiKVLayer
+from pikv.hf.layers import PiKVLayer
 from prefill import measure_prefill, print_prefill
 
 SINKS_AND_RECENT = 20

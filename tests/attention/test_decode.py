@@ -3,46 +3,89 @@
 import pytest
 import torch
 
+from pikv.attention.by_rule import _BLOCK_ELEMENTS, attend_by_rule
 from pikv.attention.decode import attend_rows
 from pikv.attention.reference import attend_rows_reference
+from pikv.attention.rule import AttentionRule
 from pikv.cache.rows import RaggedRows
 
 HEADS, DIM, SCALING = 4, 16, 0.3
+PLAIN = AttentionRule(scaling=SCALING)
+SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
+every_rule = pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(PLAIN, id="plain"),
+        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5), id="softcap"),
+        pytest.param(AttentionRule(scaling=SCALING, sinks=SINKS), id="sinks"),
+        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5, sinks=SINKS), id="softcap+sinks"),
+    ],
+)
 
 
-def random_rows(batch, kv_heads, lengths, num_new, real=None, value_dim=DIM):
+def random_rows(batch, kv_heads, lengths, num_new, real=None, value_dim=DIM, dtype=torch.float32):
     """Rows that hold ``lengths`` tokens each, then ``num_new`` more."""
     generator = torch.Generator().manual_seed(0)
     longest = max(lengths)
     shape = (batch, kv_heads, longest)
-    keys, values = torch.randn(*shape, DIM, generator=generator), torch.randn(*shape, value_dim, generator=generator)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    keys, values = random(*shape, DIM), random(*shape, value_dim)
     rows = RaggedRows(batch, kv_heads, keys, values)
     if longest:
         rows.append(keys, values)
         rows.keep([torch.randperm(longest, generator=generator)[:length].sort().values for length in lengths])
     new_shape = (batch, kv_heads, num_new)
-    new_keys = torch.randn(*new_shape, DIM, generator=generator)
-    rows.append(new_keys, torch.randn(*new_shape, value_dim, generator=generator), real)
+    rows.append(random(*new_shape, DIM), random(*new_shape, value_dim), real)
     rows.check_integrity()
-    return rows, torch.randn(batch, HEADS, num_new, DIM, generator=generator)
+    return rows, random(batch, HEADS, num_new, DIM)
 
 
-def assert_matches_reference(rows, queries, real=None):
-    found = attend_rows(queries, rows, SCALING, real)
-    torch.testing.assert_close(found, attend_rows_reference(queries, rows, SCALING, real), atol=2e-6, rtol=1e-5)
+def assert_matches_reference(rows, queries, real=None, rule=PLAIN):
+    found = attend_rows(queries, rows, rule, real)
+    torch.testing.assert_close(found, attend_rows_reference(queries, rows, rule, real), atol=2e-6, rtol=1e-5)
 
 
+@every_rule
 @pytest.mark.parametrize("num_new", [1, 2, 5, 129, 300])
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65])
-def test_equal_rows(length, num_new):
-    assert_matches_reference(*random_rows(2, 2, [length] * 4, num_new))
+def test_equal_rows(length, num_new, rule):
+    assert_matches_reference(*random_rows(2, 2, [length] * 4, num_new), rule=rule)
 
 
+@every_rule
 @pytest.mark.parametrize("num_new", [1, 3, 130])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_rows_of_different_length(kv_heads, num_new):
+def test_rows_of_different_length(kv_heads, num_new, rule):
     lengths = [1, 65, 0, 64, 1, 63, 7, 0][: 2 * kv_heads]
-    assert_matches_reference(*random_rows(2, kv_heads, lengths, num_new))
+    assert_matches_reference(*random_rows(2, kv_heads, lengths, num_new), rule=rule)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_rule
+def test_half_precision(rule, dtype):
+    rows, queries = random_rows(2, 2, [1, 65, 0, 64], 3, dtype=dtype)
+    expected = attend_rows_reference(queries, rows, rule)
+    torch.testing.assert_close(attend_rows(queries, rows, rule), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_no_large_matrix_of_weights_exists(monkeypatch):
+    sizes = []
+    weights = AttentionRule.weights
+
+    def watched(*args):
+        sizes.append((found := weights(*args)).numel())
+        return found
+
+    monkeypatch.setattr(AttentionRule, "weights", watched)
+    keys = torch.randn(1, 1, 3000, 4)
+    rule = AttentionRule(scaling=1.0, softcap=2.0)
+    found = attend_by_rule(torch.randn(1, 2, 3000, 4), keys, keys, rule)
+    assert found.shape == (1, 2, 3000, 4)
+    assert len(sizes) > 1
+    assert max(sizes) <= _BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2049])
@@ -55,6 +98,7 @@ def test_values_of_another_dimension():
     assert_matches_reference(*random_rows(2, 2, [1500, 3, 64, 64], 1, value_dim=24))
 
 
+@every_rule
 @pytest.mark.parametrize(
     "real",
     [
@@ -63,8 +107,8 @@ def test_values_of_another_dimension():
         [[0, 0, 0, 0], [0, 0, 0, 1]],
     ],
 )
-def test_padding_among_the_new_tokens(real):
+def test_padding_among_the_new_tokens(real, rule):
     real = torch.tensor(real, dtype=torch.bool)
     rows, queries = random_rows(2, 2, [5, 3, 5, 8], 4, real)
-    assert_matches_reference(rows, queries, real)
-    assert not attend_rows(queries, rows, SCALING, real).transpose(1, 2)[~real].any()
+    assert_matches_reference(rows, queries, real, rule)
+    assert not attend_rows(queries, rows, rule, real).transpose(1, 2)[~real].any()

@@ -7,6 +7,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from pikv import PiKVCache
+from pikv.cache.notes import Note
+from pikv.cache.rows import RaggedRows
+from pikv.hf.attention import Observer, add_observer, remove_observer
 from pikv.presses import KnormPress, NoCompressionPress, SnapKVPress
 from tiny import batch_of, build
 
@@ -128,6 +131,94 @@ def test_what_cannot_be_done_is_refused(llama):
         llama(ids.repeat(2, 1), past_key_values=cache)
     with pytest.raises(ValueError, match="holds nothing yet"):
         PiKVCache(llama.config).lengths(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_model_converted_while_its_cache_is_in_use(family):
+    model = build(family)
+    cache = PiKVCache(model.config)
+    model(batch_of([20])[0], past_key_values=cache)
+    before = cache.nbytes
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"holds torch.float32 on cpu, the new keys are torch.bfloat16 on cpu"):
+        model(batch_of([1])[0], past_key_values=cache)
+    model.to(torch.float32)
+    assert cache.nbytes == before
+    model(batch_of([1])[0], past_key_values=cache)
+
+
+def test_notes_live_as_long_as_the_tokens_they_are_about(llama):
+    cache = PiKVCache(llama.config)
+    layer = cache.layers[1]
+    given = []
+    observer = Observer(notify=lambda call: given.append(call.notes))
+    add_observer(llama.model.layers[1].self_attn, observer)
+    llama(batch_of([20])[0], past_key_values=cache)
+    remove_observer(llama.model.layers[1].self_attn, observer)
+    assert given == [{}]
+    assert given[0] is layer.notes
+    note = Note(seen=20)
+    layer.notes["owner"] = note
+    cache.crop(20)
+    assert layer.notes == {"owner": note}
+    cache.crop(-1)
+    assert layer.notes == {}
+    layer.notes["owner"] = note
+    cache.reset()
+    assert layer.notes == {}
+
+
+def read(model, cache, length, seed=0):
+    with torch.no_grad():
+        return model(batch_of([length], seed)[0], past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_going_back_to_a_mark(family):
+    model = build(family)
+    cache = PiKVCache(model.config)
+    empty = cache.mark()
+    with SnapKVPress(0.5)(model):
+        read(model, cache, 40)
+    mark = cache.mark()
+    first = read(model, cache, 24, seed=1)  # further than the sliding window
+    cache.rewind(mark)
+    cache.check_integrity()
+    assert cache.get_seq_length() == 40
+    assert torch.equal(read(model, cache, 24, seed=1), first)
+    with pytest.raises(ValueError, match="cannot go back to 0 tokens: tokens were evicted"):
+        cache.rewind(empty)
+    assert cache.get_seq_length() == 64
+    cache.rewind(mark)
+    assert torch.equal(read(model, cache, 24, seed=1), first)
+
+
+def test_marks_that_mean_nothing_any_more(llama):
+    cache = PiKVCache(llama.config)
+    empty = cache.mark()
+    read(llama, cache, 40)
+    mark = cache.mark()
+    cache.crop(-5)
+    read(llama, cache, 9, seed=1)
+    with pytest.raises(ValueError, match="tokens from before it were taken back"):
+        cache.rewind(mark)
+    with pytest.raises(ValueError, match="of another cache"):
+        cache.rewind(PiKVCache(llama.config).mark())
+    assert cache.get_seq_length() == 44
+    cache.rewind(empty)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(read(llama, cache, 40), read(llama, PiKVCache(llama.config), 40))
+
+
+def test_room_to_grow_is_given_back():
+    rows = RaggedRows(1, 2, torch.empty(0, 4), torch.empty(0, 4))
+    for length in (100, 30):
+        rows.append(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4))
+    before = rows.padded().keys.clone()
+    assert rows.nbytes > 1.05 * rows.dense_nbytes
+    rows.fit()
+    assert rows.nbytes <= 1.01 * rows.dense_nbytes
+    assert torch.equal(rows.padded().keys, before)
 
 
 def test_a_ready_made_mask_is_refused(llama):

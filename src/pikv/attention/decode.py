@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pikv.attention.by_rule import attend_block_by_rule
 from pikv.attention.parts import attend_in_parts, can_attend_in_parts
+from pikv.attention.rule import AttentionRule
 from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows
 
@@ -12,12 +14,12 @@ _QUERY_BLOCK = 128  # queries that share one causal mask; bounds the mask to a s
 _MIN_SPLIT_LENGTH = 1024  # below, a further call costs more than a second thread saves
 
 
-def attend_rows(queries: Tensor, rows: RaggedRows, scaling: float, real: Tensor | None = None) -> Tensor:
+def attend_rows(queries: Tensor, rows: RaggedRows, rule: AttentionRule, real: Tensor | None = None) -> Tensor:
     """Attends from the newest tokens to everything that their rows hold.
 
     ``queries`` is ``[B, H, T, D]``, after RoPE; their own keys and values were appended to ``rows`` before, so the last of
     a row's tokens are the queries' own and the causal order is theirs. ``real`` ``[B, T]`` (bool) marks the queries that
-    are not padding; padding gets zeros. KV heads are never expanded and the cache is never copied.
+    are not padding; padding gets zeros. KV heads are never expanded and, under a plain rule, the cache is never copied.
 
     Returns:
         ``[B, H, T, Dv]``
@@ -25,19 +27,25 @@ def attend_rows(queries: Tensor, rows: RaggedRows, scaling: float, real: Tensor 
     batch, num_heads, num_new, dim = queries.shape
     heads = rows.num_kv_heads
     queries = queries.reshape(batch * heads, num_heads // heads, num_new, dim)
+
+    def attend(queries: Tensor, block: RowBlock) -> Tensor:
+        if rule.is_plain:
+            return _attend_block(queries, block, rule.scaling)
+        return attend_block_by_rule(queries, block, rule, heads)
+
     if len(rows.blocks) == 1 and real is None:
-        return _attend_block(queries, rows.blocks[0], scaling).view(batch, num_heads, num_new, -1)
+        return attend(queries, rows.blocks[0]).view(batch, num_heads, num_new, -1)
     output = queries.new_zeros((*queries.shape[:3], rows.blocks[0].values.shape[-1]))
     for block in rows.blocks:
         if real is None:
-            output[block.selector] = _attend_block(queries[block.selector], block, scaling)
+            output[block.selector] = attend(queries[block.selector], block)
             continue
         # Rows of one block have equally many real queries, though perhaps in different columns.
         columns = [real[row // heads].nonzero().flatten() for row in block.rows]
         if len(columns[0]) == 0:
             continue
         picked = torch.stack([queries[row][:, column] for row, column in zip(block.rows, columns, strict=True)])
-        attended = _attend_block(picked, block, scaling)
+        attended = attend(picked, block)
         for member, (row, column) in enumerate(zip(block.rows, columns, strict=True)):
             output[row, :, column] = attended[member]
     return output.view(batch, num_heads, num_new, -1)

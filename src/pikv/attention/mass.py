@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pikv.attention.rule import AttentionRule
+
 _BLOCK_ELEMENTS = 1 << 22  # attention scores that exist at a time
 _QUERIES_PER_TILE, _KEYS_PER_TILE = 256, 512  # a tile of scores that stays in the processor's cache
 
@@ -12,7 +14,7 @@ def attention_mass(
     keys: Tensor,
     key_positions: Tensor,
     query_positions: Tensor,
-    scaling: float,
+    rule: AttentionRule,
     logsumexp: Tensor | None = None,
 ) -> Tensor:
     """Sums the attention probabilities of all queries, mean over the query heads of a group.
@@ -20,31 +22,25 @@ def attention_mass(
     ``queries`` is ``[B, H, T, D]``, ``keys`` ``[B, G, L, D]``; ``key_positions`` ``[B, G, L]`` and ``query_positions``
     ``[B, T]`` are true positions, -1 for what does not exist. A query sees the keys up to its own position. Works through
     blocks: no ``[T, L]`` matrix ever exists. With the queries' ``logsumexp`` ``[B, H, T]``, where attention already computed
-    it, a plain causal prefill needs one pass and no softmax.
+    it, a causal prefill under a plain rule needs one pass and no softmax.
 
     Returns:
         ``[B, G, L]`` (float32)
     """
-    if logsumexp is not None and _is_plain_prefill(key_positions, query_positions):
-        return _mass_of_prefill(queries, keys, scaling, logsumexp)
+    if logsumexp is not None and rule.is_plain and _is_plain_prefill(key_positions, query_positions):
+        return _mass_of_prefill(queries, keys, rule.scaling, logsumexp)
     batch, num_heads, num_queries, _ = queries.shape
     heads, length = keys.shape[1:3]
-    group = num_heads // heads
-    grouped = queries.reshape(batch, heads, group, num_queries, -1)
-    transposed = keys.float().transpose(2, 3)
+    keys = keys.float()
     mass = torch.zeros((batch, heads, length), device=keys.device)
     size = max(1, _BLOCK_ELEMENTS // (batch * num_heads * length))
     for start in range(0, num_queries, size):
-        block = grouped[:, :, :, start : start + size].flatten(2, 3).float()
         positions = query_positions[:, start : start + size]
         # Keys beyond the block's newest query are seen by none of its queries.
         reach = int((key_positions <= positions.max()).sum(2).max())
-        scores = (block @ transposed[..., :reach] * scaling).reshape(batch, heads, group, -1, reach)
         place = key_positions[:, :, None, :reach]
         visible = (place >= 0) & (place <= positions[:, None, :, None])
-        hidden = ~visible.unsqueeze(2)
-        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
-        weights.masked_fill_(hidden, 0.0)  # padding, and queries all of whose keys were evicted, see nothing
+        weights = rule.weights(queries[:, :, start : start + size], keys[:, :, :reach], visible)
         mass[..., :reach] += weights.sum(3).mean(2)
     return mass
 

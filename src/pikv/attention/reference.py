@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from pikv.attention.rule import AttentionRule
 from pikv.cache.rows import RaggedRows
 
 
-def attend_rows_reference(queries: Tensor, rows: RaggedRows, scaling: float, real: Tensor | None = None) -> Tensor:
+def attend_rows_reference(queries: Tensor, rows: RaggedRows, rule: AttentionRule, real: Tensor | None = None) -> Tensor:
     """Same signature and result as ``pikv.attention.decode.attend_rows``."""
     batch, num_heads, num_new, _ = queries.shape
     group = num_heads // rows.num_kv_heads
@@ -20,7 +21,11 @@ def attend_rows_reference(queries: Tensor, rows: RaggedRows, scaling: float, rea
             values = padded.values[b, head // group, :length].double()
             for rank, column in enumerate(columns):
                 visible = length - len(columns) + rank + 1
-                scores = keys[:visible] @ queries[b, head, column].double() * scaling
-                weights = torch.softmax(scores, dim=0)
+                scores = keys[:visible] @ queries[b, head, column].double() * rule.scaling
+                if rule.softcap is not None:
+                    scores = rule.softcap * torch.tanh(scores / rule.softcap)
+                if rule.sinks is not None:
+                    scores = torch.cat([scores, rule.sinks[head].double().view(1)])
+                weights = torch.softmax(scores, dim=0)[:visible]
                 output[b, head, column] = (weights @ values[:visible]).to(output.dtype)
     return output

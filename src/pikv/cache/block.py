@@ -8,12 +8,19 @@ from torch import Tensor
 
 _GROWTH_SHARE = 8  # an overfull block grows by an eighth, so that appending stays O(1) per token on average
 _GROWTH_MIN = 16
+_POSITION_BYTES = 4
 _FIRST_SLACK_SHARE = 128  # room left beside tokens that were just stored: under 1% of their bytes
 
 
 def first_capacity(length: int) -> int:
     """Tokens to allocate for ``length`` tokens that are stored at once."""
     return length + length // _FIRST_SLACK_SHARE
+
+
+def tokens_within(nbytes: int, bytes_per_token: int) -> int:
+    """The most tokens of ``bytes_per_token`` that one row can store at once, with their positions, in ``nbytes``."""
+    slots = nbytes // (bytes_per_token + _POSITION_BYTES)
+    return slots * _FIRST_SLACK_SHARE // (_FIRST_SLACK_SHARE + 1)
 
 
 def grown_capacity(length: int) -> int:

@@ -29,6 +29,16 @@ class PaddedRows:
         """Where there is a token, ``[B, G, L]``."""
         return self.positions >= 0
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value in one row, uncompressed."""
+        return bytes_per_token(self.keys, self.values)
+
+
+def bytes_per_token(keys: Tensor, values: Tensor) -> int:
+    """Bytes of one token in one row of keys ``[..., D]`` and values ``[..., Dv]``."""
+    return keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+
 
 class RaggedRows:
     """Keys, values and original positions of one layer, by row ``r = b * G + g``.
@@ -57,8 +67,7 @@ class RaggedRows:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one row, uncompressed."""
-        keys, values = self.blocks[0].keys, self.blocks[0].values
-        return keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+        return bytes_per_token(self.blocks[0].keys, self.blocks[0].values)
 
     @property
     def dense_nbytes(self) -> int:
@@ -115,7 +124,7 @@ class RaggedRows:
         ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. ``real`` ``[B, T]`` (bool) says which of the tokens are
         not padding; padding is not stored and has no position.
         """
-        with _plain_tensors():
+        with plain_tensors():
             self._append(keys, values, real)
 
     def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
@@ -143,7 +152,7 @@ class RaggedRows:
         """
         if len(indices) != self.batch_size * self.num_kv_heads:
             raise ValueError(f"{len(indices)} index tensors for {self.batch_size * self.num_kv_heads} rows")
-        with _plain_tensors():
+        with plain_tensors():
             self._keep(indices)
 
     def _keep(self, indices: Sequence[Tensor]) -> None:
@@ -165,23 +174,40 @@ class RaggedRows:
         for sequence in {row // self.num_kv_heads for row in rows}:
             self.seen_at_eviction[sequence] = self.seen[sequence]
 
-    def can_truncate(self, num_tokens: int) -> str | None:
-        """None, or the reason why the last ``num_tokens`` tokens of every sequence cannot be taken back."""
-        if any(seen - num_tokens < at for seen, at in zip(self.seen, self.seen_at_eviction, strict=True)):
+    def can_truncate(self, num_tokens: int | Sequence[int]) -> str | None:
+        """None, or the reason why the last ``num_tokens`` tokens (of every, or of each sequence) cannot be taken back."""
+        taken = self._by_sequence(num_tokens)
+        if any(not 0 <= num <= seen for num, seen in zip(taken, self.seen, strict=True)):
+            return "so many were not seen"
+        if any(num and seen - num < at for num, seen, at in zip(taken, self.seen, self.seen_at_eviction, strict=True)):
             return "tokens were evicted since they came, and what they were is gone"
         return None
 
-    def truncate(self, num_tokens: int) -> None:
-        """Takes back the last ``num_tokens`` tokens of every sequence.
+    def truncate(self, num_tokens: int | Sequence[int]) -> None:
+        """Takes back the last ``num_tokens`` tokens of every sequence, or of each as many as its entry says.
 
         Raises:
             ValueError: if something was evicted since then: the rows as they were cannot be had back.
         """
         if reason := self.can_truncate(num_tokens):
             raise ValueError(f"cannot take back {num_tokens} tokens: {reason}")
+        taken = self._by_sequence(num_tokens)
+        if len(set(taken)) > 1:
+            with plain_tensors():
+                self._split(taken)
         for block in self.blocks:
-            block.truncate(block.length - num_tokens)
-        self.seen = [seen - num_tokens for seen in self.seen]
+            block.truncate(block.length - taken[block.rows[0] // self.num_kv_heads])
+        self.seen = [seen - num for seen, num in zip(self.seen, taken, strict=True)]
+
+    def fit(self) -> None:
+        """Gives back room to grow, down to what tokens stored at once are given."""
+        with plain_tensors():
+            for block in self.blocks:
+                if block.capacity > first_capacity(block.length):
+                    block.reserve(first_capacity(block.length))
+
+    def _by_sequence(self, num_tokens: int | Sequence[int]) -> list[int]:
+        return [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""
@@ -218,7 +244,7 @@ class RaggedRows:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Storage is made of plain tensors without gradients, so that it can be written to in and out of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -16,30 +16,40 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pikv.attention.by_rule import attend_by_rule
 from pikv.attention.capture import CaptureLogSumExp
 from pikv.attention.decode import attend_rows
+from pikv.attention.rule import AttentionRule
 from pikv.cache.rows import RaggedRows
 
 PREFIX = "pikv_"
 # What changes the result of attention and is not understood here; None or False means that it is not in use.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
+_UNSUPPORTED = ("position_bias", "head_mask")
+# Implementations that leave soft-capping and sinks out; some releases of transformers say so, others don't.
+_PLAIN_ONLY = ("sdpa",)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
     """What an attention module computed: queries ``[B, H, T, D]`` after RoPE, and the rows that hold its keys and values.
 
-    ``real`` ``[B, T]`` marks the columns that are not padding, None means all. ``logsumexp`` ``[B, H, T]`` is there where the
-    model's own kernel computed it.
+    ``rule`` says how it got from their products to weights. ``real`` ``[B, T]`` marks the columns that are not padding, None
+    means all. ``logsumexp`` ``[B, H, T]`` is there where the model's own kernel computed it. ``notes`` is running state that
+    belongs to the rows, by owner: it is emptied when they are, and when tokens are taken back.
     """
 
     module: nn.Module
     layer_idx: int
     rows: RaggedRows
     queries: Tensor
-    scaling: float
+    rule: AttentionRule
     real: Tensor | None
     logsumexp: Tensor | None
+    notes: dict[Any, Any]
+
+    @property
+    def scaling(self) -> float:
+        return self.rule.scaling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,40 +99,74 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        layer = getattr(key, "pikv_layer", None)
-        if layer is None:
+        def hand_on() -> Any:
             return _implementation(previous, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+        layer = _layer_of(key)
+        if layer is None:
+            return hand_on()
+        rule = _rule_of(module, query, scaling, kwargs)
+        can_hand_on = rule.is_plain or previous not in _PLAIN_ONLY
+        if layer.is_sliding:
+            return hand_on() if can_hand_on else (_by_token(attend_by_rule(query, key, value, rule, attention_mask)), None)
         layer.is_handed_over = False
-        for name in _UNSUPPORTED:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{type(module).__name__} uses {name!r}, which PiKV does not support")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if _layer_of(value) is not layer:
+            raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
+        _check_arguments(module, layer.columns, kwargs)
         observers = _observers.get(module)
         observer = observers[-1] if observers else None
         capture = CaptureLogSumExp() if observer and observer.wants_logsumexp else None
         weights = None
-        if layer.step.is_first:
+        if layer.step.is_first and can_hand_on:
             with capture or nullcontext():
-                output, weights = _implementation(previous, module)(
-                    module, query, key, value, attention_mask, scaling=scaling, **kwargs
-                )
+                output, weights = hand_on()
         else:
-            output = attend_rows(query, layer.rows, scale, layer.real).transpose(1, 2)
+            output = _by_token(attend_rows(query, layer.rows, rule, layer.real))
         if observer:
             observer.notify(
                 AttentionCall(
                     module=module,
                     layer_idx=module.layer_idx,  # type: ignore[arg-type]
                     rows=layer.rows,
-                    queries=query,
-                    scaling=scale,
+                    queries=query.detach(),
+                    rule=rule,
                     real=layer.real,
                     logsumexp=capture.logsumexp if capture else None,
+                    notes=layer.notes,
                 )
             )
         return output, weights
 
     return pikv_attention
+
+
+def _layer_of(tensor: Tensor) -> Any:
+    """The layer of a PiKVCache that returned this tensor, or None."""
+    return getattr(tensor, "pikv_layer", None)
+
+
+def _rule_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> AttentionRule:
+    """The rule of an attention module, by the arguments that it passes to the attention function."""
+    if scaling is None:
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
+            raise ValueError(f"{type(module).__name__} scales in a way that this release of transformers does not pass on")
+        scaling = query.shape[-1] ** -0.5
+    return AttentionRule(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+
+
+def _check_arguments(module: nn.Module, num_columns: int, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that would change the result of a ragged layer's attention."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {name!r}, which PiKV does not support")
+    window = kwargs.get("sliding_window")
+    if window is not None and num_columns > window:  # it was taken for one that never slides
+        raise ValueError(f"{num_columns} tokens are more than the model is made for: its window of {window} begins to slide")
+
+
+def _by_token(attended: Tensor) -> Tensor:
+    """``[B, H, T, D]`` as transformers expects it, ``[B, T, H, D]``."""
+    return attended.transpose(1, 2).contiguous()
 
 
 def _mask_function(previous: str) -> Callable[..., Any]:
@@ -135,6 +179,11 @@ def _mask_function(previous: str) -> Callable[..., Any]:
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
 
     return pikv_mask
+
+
+def looks_into_registry(module: nn.Module) -> bool:
+    """Whether the file that defines a module knows the attention registry of transformers."""
+    return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def _implementation(name: str, module: nn.Module) -> Any:

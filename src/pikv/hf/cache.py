@@ -1,149 +1,30 @@
-"""PiKVCache, a transformers cache on ragged rows. The only file that touches the cache classes of transformers."""
+"""PiKVCache, a transformers cache on ragged rows. Only this file and ``layers.py`` touch the cache classes of transformers."""
 
+import os
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin as HFLayer
 
+from pikv.cache.notes import Note
 from pikv.cache.rows import RaggedRows
 from pikv.hf.attention import attach
-from pikv.hf.support import check_config
+from pikv.hf.layers import PiKVLayer, SlidingLayer, num_beyond
+from pikv.hf.step import Step
+from pikv.hf.storage import read_layers, unpack_layer, write_layers
+from pikv.hf.support import ragged_layers, sliding_window
 
 
-class Step:
-    """What one forward pass of the model brings, shared by the ragged layers of one cache."""
+@dataclass(eq=False)
+class CacheMark:
+    """Where a cache stood: columns seen, and what each layer needs to go back there."""
 
-    def __init__(self) -> None:
-        self.serial = 0  # forwards begun
-        self.num_new = 0  # columns of the input, padding included
-        self.columns = 0  # seen before, padding included
-        self.real: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the cache was empty before."""
-        return self.columns == 0
-
-    def begin(self, attention_mask: Tensor | None) -> None:
-        """Opens a forward pass; ``attention_mask`` is ``[B, columns seen and new]`` (bool) or None."""
-        self.serial += 1
-        self.real = None
-        if attention_mask is not None:
-            real = attention_mask[:, -self.num_new :]
-            self.real = None if bool(real.all()) else real
-
-
-class StepLength(int):
-    """The KV length that ``get_mask_sizes`` answers, which carries the step on to our mask function."""
-
-    step: Step
-
-
-class PiKVLayer(HFLayer):
-    """One layer's ragged rows behind the layer interface of transformers."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.step = step
-        self.rows: RaggedRows | None = None
-        self.columns = 0  # tokens seen, padding included
-        self.columns_at_padding = 0
-        self.real: Tensor | None = None  # the step's, on this layer's device
-        self.is_handed_over = False
-        self._last_serial = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.rows = RaggedRows(key_states.shape[0], key_states.shape[1], key_states, value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores the new tokens and returns them alone: our attention function reads the rest from the rows.
-
-        Raises:
-            RuntimeError: if the model's masks or attention do not go through the registries of transformers, or the
-                attention implementation was changed since the cache was made.
-        """
-        if self.is_handed_over:
-            raise RuntimeError(
-                "this model's attention does not take the keys from the cache unchanged to the attention registry "
-                "of transformers; PiKVCache does not support it"
-            )
-        if self.step.serial == self._last_serial or self.step.num_new != key_states.shape[-2]:
-            raise RuntimeError(
-                "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
-                "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made"
-            )
-        if self.columns != self.step.columns:
-            raise RuntimeError(
-                "the layers of this cache have seen different numbers of tokens: an earlier forward pass was interrupted; "
-                "start again with a new cache, or after reset()"
-            )
-        self._last_serial = self.step.serial
-        if self.rows is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.rows is not None
-        if key_states.shape[0] != self.rows.batch_size:
-            raise ValueError(f"the cache holds {self.rows.batch_size} sequences, the input {key_states.shape[0]}")
-        self.real = None if self.step.real is None else self.step.real.to(key_states.device)
-        self.rows.append(key_states, value_states, self.real)
-        self.columns += self.step.num_new
-        if self.real is not None:
-            self.columns_at_padding = self.columns
-        self.is_handed_over = True
-        key_states.pikv_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: position ids and attention masks go on from here, whatever was evicted."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """``query_length`` is a number, or in older releases of transformers the ``cache_position`` tensor."""
-        num_new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        self.step.num_new = num_new
-        self.step.columns = self.columns
-        length = StepLength(self.columns + num_new)
-        length.step = self.step
-        return length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self.__init__(self.step)  # type: ignore[misc]
-        self._last_serial = self.step.serial
-
-    def can_crop(self, num_tokens: int) -> str | None:
-        """None, or the reason why the last ``num_tokens`` tokens cannot be taken back."""
-        if self.rows is None or num_tokens == 0:
-            return None
-        if self.columns - num_tokens < self.columns_at_padding:
-            return "padding came with them"
-        return self.rows.can_truncate(num_tokens)
-
-    def crop(self, max_length: int) -> None:
-        """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many (see ``PiKVCache.crop``)."""
-        num_tokens = max(0, self.columns - max_length) if max_length > 0 else -max_length
-        if reason := self.can_crop(num_tokens):
-            raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
-        if self.rows is not None:
-            self.rows.truncate(num_tokens)
-            self.columns -= num_tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("beam search is not supported on a PiKVCache; use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ValueError("a PiKVCache cannot be repeated over the batch; repeat the input instead")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("a PiKVCache cannot drop sequences of the batch")
+    columns: int
+    layers: list[Any]
+    is_valid: bool = True
 
 
 class PiKVCache(Cache):
@@ -158,9 +39,16 @@ class PiKVCache(Cache):
 
     def __init__(self, config: Any) -> None:
         config = config.get_text_config(decoder=True)
-        check_config(config)
+        self.config = config
+        self.ragged_layers = ragged_layers(config)
+        """The model's layers that hold ragged rows; the others slide over the last tokens."""
         self.step = Step()
-        super().__init__(layers=[PiKVLayer(self.step) for _ in range(config.num_hidden_layers)])
+        self._marks: WeakSet[CacheMark] = WeakSet()
+        layers = [
+            PiKVLayer(self.step) if index in self.ragged_layers else SlidingLayer(self.step, sliding_window(config))
+            for index in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=layers)
         attach(config)
 
     @classmethod
@@ -173,18 +61,42 @@ class PiKVCache(Cache):
         cache.__class__ = cls
         cls.__init__(cache, config)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the cache holds to one file, which appears (or replaces what was there) whole or not at all.
+
+        Raises:
+            ValueError: if the cache is empty or a forward pass was interrupted, or the file cannot be written.
+        """
+        write_layers(path, self.layers, self.config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: Any, device: str | torch.device = "cpu") -> "PiKVCache":
+        """Reads a saved cache, which then goes on as the one that was saved.
+
+        What presses noted beside its rows, such as KVzip's earlier scores, is not in the file. ``config`` must be that of a
+        model of the same make; its weights are not compared.
+
+        Raises:
+            ValueError: if the file cannot be read, is damaged or no saved cache, or was made for another model.
+        """
+        saved = read_layers(path, config)
+        cache = cls(config)
+        for layer, packed in zip(cache.layers, saved, strict=True):
+            unpack_layer(layer, packed, device)
+        return cache
+
     def __repr__(self) -> str:
         return f"PiKVCache({len(self.layers)} layers, {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:
         """Bytes that the storage holds now, by what is allocated: keys, values, positions, unused capacity."""
-        return sum(layer.rows.nbytes for layer in self.layers if layer.rows)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that an uncompressed cache would hold for the tokens seen (padding not counted)."""
-        return sum(layer.rows.dense_nbytes for layer in self.layers if layer.rows)
+        return sum(layer.dense_nbytes for layer in self.layers)
 
     @property
     def compression_ratio(self) -> float:
@@ -195,9 +107,12 @@ class PiKVCache(Cache):
         """The ragged rows of a layer.
 
         Raises:
-            ValueError: before anything was stored.
+            ValueError: before anything was stored, and for a layer that slides.
         """
-        rows: RaggedRows | None = self.layers[layer_idx].rows
+        layer = self.layers[layer_idx]
+        if layer.is_sliding:
+            raise ValueError(f"layer {layer_idx} slides over the last {layer.sliding_window} tokens; it has no ragged rows")
+        rows: RaggedRows | None = layer.rows
         if rows is None:
             raise ValueError(f"layer {layer_idx} holds nothing yet")
         return rows
@@ -210,24 +125,69 @@ class PiKVCache(Cache):
         """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64)."""
         return self.rows(layer_idx).positions()
 
+    def notes(self, layer_idx: int) -> dict[Any, Note]:
+        """What was noted about a layer's rows, by owner."""
+        notes: dict[Any, Note] = self.layers[layer_idx].notes
+        return notes
+
     def check_integrity(self) -> None:
         """Raises AssertionError if any row is broken."""
-        for layer in self.layers:
-            if layer.rows is not None:
-                layer.rows.check_integrity()
+        for index in self.ragged_layers:
+            if self.layers[index].rows is not None:
+                self.layers[index].rows.check_integrity()
 
     def crop(self, max_length: int) -> None:
         """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many.
 
         Raises:
-            ValueError: if tokens were evicted since they came, or padding came with them; then nothing is changed.
+            ValueError: if tokens were evicted or slid out of a window since they came, or padding came with them; then
+                nothing is changed.
         """
-        num_tokens = max(0, self.get_seq_length() - max_length) if max_length > 0 else -max_length
+        num_tokens = num_beyond(max_length, self.get_seq_length())
         for layer in self.layers:
             if reason := layer.can_crop(num_tokens):
                 raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
         for layer in self.layers:
             layer.crop(-num_tokens)
+        self._outdate_marks()
+
+    def mark(self) -> "CacheMark":
+        """Where the cache stands now, to ``rewind`` to; holds on to what the sliding layers hold."""
+        mark = CacheMark(self.get_seq_length(), [layer.mark() for layer in self.layers])
+        self._marks.add(mark)
+        return mark
+
+    def rewind(self, mark: "CacheMark") -> None:
+        """Takes back everything since ``mark``, padding and what slid out of windows included.
+
+        Raises:
+            ValueError: if tokens were evicted since then, or tokens from before were taken back; then nothing is changed.
+        """
+        if mark not in self._marks or not mark.is_valid:
+            raise ValueError("this mark is of another cache, or tokens from before it were taken back")
+        for layer, before in zip(self.layers, mark.layers, strict=True):
+            if reason := layer.can_rewind(before):
+                raise ValueError(f"cannot go back to {mark.columns} tokens: {reason}")
+        for layer, before in zip(self.layers, mark.layers, strict=True):
+            layer.rewind(before)
+        self._outdate_marks()
+
+    def _outdate_marks(self) -> None:
+        columns = self.get_seq_length()
+        for mark in self._marks:
+            mark.is_valid = mark.is_valid and mark.columns <= columns
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes that the sliding layers hold, or will when all of them have seen what the first layer has."""
+        sliding = [layer for layer in self.layers if layer.is_sliding]
+        held = (self.layers[index].rows for index in self.ragged_layers)
+        rows: RaggedRows | None = next((rows for rows in held if rows is not None), None)
+        if not sliding or rows is None:
+            return 0
+        num_rows = rows.batch_size * rows.num_kv_heads
+        num_tokens: int = sum(min(layer.sliding_window, max(rows.seen)) for layer in sliding)
+        return num_tokens * num_rows * rows.bytes_per_token
 
 
 def is_empty_dynamic(cache: Any) -> bool:

@@ -4,21 +4,55 @@ from typing import Any
 
 from torch import nn
 
+from pikv.hf.attention import looks_into_registry
 
-def check_config(config: Any) -> None:
-    """Raises ValueError, with the reason, for an architecture whose layers cannot all be ragged."""
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def ragged_layers(config: Any) -> list[int]:
+    """The layers that hold ragged rows, by index; the others slide over the last tokens and are left to transformers.
+
+    Raises:
+        ValueError: with the reason, for an architecture that PiKV cannot handle rightly.
+    """
+    config = config.get_text_config(decoder=True)
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported")
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if slides else "full_attention"]
-    unknown = sorted(set(kinds) - {"full_attention"})
+    if getattr(config, "num_kv_shared_layers", None) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise ValueError(f"{name}: layers that share their keys and values are not supported")
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        raise ValueError(f"{name}: attention to later tokens is not supported")
+    kinds = _layer_kinds(config)
+    unknown = sorted(set(kinds) - {_FULL, _SLIDING})
     if unknown:
         raise ValueError(f"{name}: layers of the kind {', '.join(unknown)} are not supported")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{name}: attention with soft-capped logits is not supported")
+    return [index for index, kind in enumerate(kinds) if kind == _FULL or _never_slides(config)]
+
+
+def sliding_window(config: Any) -> int:
+    """How many tokens a layer that slides can see."""
+    window: int = config.get_text_config(decoder=True).sliding_window
+    return window
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """The kind of every layer, in the words of transformers."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    kind = _FULL
+    if getattr(config, "sliding_window", None) is not None:
+        kind = _SLIDING
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    return [kind] * int(config.num_hidden_layers)
+
+
+def _never_slides(config: Any) -> bool:
+    """Whether the window is as long as any text that the model can read."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit is not None and sliding_window(config) >= limit
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -31,19 +65,22 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def check_supported(model: Any) -> None:
-    """Raises ValueError, with the reason, for a model that PiKV cannot handle rightly."""
+    """Raises ValueError, with the reason, for a model that PiKV cannot compress rightly."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} is not a transformers model")
     config = config.get_text_config(decoder=True)
-    check_config(config)
-    if not getattr(model, "_supports_attention_backend", False):
+    ragged = ragged_layers(config)
+    modules = attention_modules(model)
+    if not modules or not all(looks_into_registry(module) for module in modules.values()):
         raise ValueError(
             f"{config.model_type}: its attention does not go through the attention registry of transformers, "
             "so PiKV cannot reach it"
         )
-    modules = attention_modules(model)
     if len(modules) != config.num_hidden_layers:
         raise ValueError(f"{config.model_type}: {len(modules)} attention modules for {config.num_hidden_layers} layers")
-    if any(getattr(module, "sinks", None) is not None for module in modules.values()):
-        raise ValueError(f"{config.model_type}: attention with learned sinks is not supported")
+    if not ragged:
+        raise ValueError(
+            f"{config.model_type}: every layer slides over the last {sliding_window(config)} tokens; "
+            "there is nothing to compress"
+        )

@@ -1,0 +1,44 @@
+"""Whether keys that one model has cached make sense to another, read off their configurations."""
+
+import json
+import re
+import reprlib
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+Facts = dict[str, Any]
+
+# Training, outputs and how the model is loaded: with these changed, the same tokens still have the same keys.
+_IMMATERIAL = re.compile(
+    r"_.*|.*_token_ids?|.*dropout.*|.*_pdrop|layerdrop|initializer_.*|output_.*|summary_.*|router_aux_loss_coef|router_z_loss_coef"
+    r"|router_jitter_noise|pretraining_tp|tie_word_embeddings|use_cache|quantization_config|name_or_path|torch_dtype"
+)
+
+
+def facts_of(config: Any) -> Facts:
+    """What decides over the keys of a model's decoder: its configuration without what is immaterial, as JSON has it."""
+    facts = _material(config.get_text_config(decoder=True).to_dict())
+    return json.loads(json.dumps(facts, default=str))  # type: ignore[no-any-return]
+
+
+def check_same_model(made_for: Facts, facts: Facts) -> None:
+    """Raises ValueError, naming the entries that differ, if keys made for one model make no sense to the other."""
+    kind, other_kind = made_for.get("model_type"), facts.get("model_type")
+    if kind != other_kind:
+        raise ValueError(f"made for {kind}, this model is {other_kind}")
+    made_for = _material(made_for)  # another release may have found more entries material
+    differing = [name for name in sorted({*made_for, *facts}) if made_for.get(name) != facts.get(name)]
+    if differing:
+        pairs = (f"{name}={_short(made_for.get(name))}, this model has {_short(facts.get(name))}" for name in differing)
+        raise ValueError(f"made for {kind} with {'; '.join(pairs)}")
+
+
+def _material(entries: Facts) -> Facts:
+    # What every model's configuration has is about transformers, not about the model's arithmetic.
+    generic = PreTrainedConfig().to_dict().keys() - {"model_type"}
+    return {name: value for name, value in entries.items() if name not in generic and not _IMMATERIAL.fullmatch(name)}
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else reprlib.repr(value)
