@@ -2,6 +2,7 @@
 
 import torch
 
+from pikv.attention.rule import AttentionRule
 from pikv.cache.rows import PaddedRows
 from pikv.scoring.base import LayerView
 
@@ -24,15 +25,20 @@ def ragged_view(lengths=(30, 20, 30, 7), seen=(40, 33), num_new=16, real_counts=
         values[b, g, :length] = torch.randn(length, DIM, generator=generator)
     real = torch.arange(num_new) >= num_new - torch.tensor(real_counts).unsqueeze(1)
     return LayerView(
+        module=torch.nn.Identity(),
+        arguments={},
         layer_idx=0,
+        rank=0,
+        num_layers=2,
         kept=PaddedRows(keys=keys, values=values, positions=positions, lengths=torch.tensor(lengths).view(BATCH, KV_HEADS)),
         queries=torch.randn(BATCH, HEADS, num_new, DIM, generator=generator),
         hidden_states=torch.randn(BATCH, num_new, HIDDEN, generator=generator),
         real=real,
-        scaling=SCALING,
+        rule=AttentionRule(scaling=SCALING),
         logsumexp=None,
         seen=torch.tensor(seen),
         given=torch.tensor(seen).unsqueeze(1).expand(-1, KV_HEADS),
+        allotted=torch.tensor(lengths).view(BATCH, KV_HEADS) // 2,
     )
 
 

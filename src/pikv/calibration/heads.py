@@ -14,12 +14,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from pikv.hf.cache import PiKVCache
+from pikv.hf.files import write_whole
 from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.support import ragged_layers
+from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
 
 _NUM_SAMPLES = 3
@@ -41,21 +42,12 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     known = _found.setdefault(model, {}) if tokenizer is None else {}
     if seed in known:
         return known[seed]
-    texts = tokenizer or _tokenizer_of(model)
+    texts = tokenizer or tokenizer_of(model)
     rng = random.Random(seed)
     samples = [_random_sample(rng, model) if texts is None else _text_sample(rng, texts) for _ in range(_NUM_SAMPLES)]
     scores = torch.stack([_measure(model, *sample) for sample in samples]).mean(0)
     known[seed] = scores
     return scores
-
-
-def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer that was saved beside the model, if there is one on this machine."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return tokenizer if tokenizer.is_fast else None  # only these know which characters a token stands for
 
 
 Probe = tuple[int, int, int]
@@ -98,33 +90,31 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
     queries, starts, ends = (torch.tensor(column) for column in zip(*probes, strict=True))
     slots = torch.arange(len(token_ids))
     target = (slots >= starts.unsqueeze(1)) & (slots < ends.unsqueeze(1))
-    future = slots > queries.unsqueeze(1)
+    rank = {layer: index for index, layer in enumerate(ragged_layers(model.config))}
 
     def after_attention(observed: ObservedCall) -> None:
         call = observed.call
-        keys = call.rows.padded().keys[0].float().unsqueeze(1)
-        picked = call.queries[0, :, queries].float().unflatten(0, (keys.shape[0], -1))
-        logits = picked @ keys.transpose(2, 3) * call.scaling
-        weights = logits.masked_fill(future.to(logits.device), float("-inf")).softmax(-1)
+        visible = (slots <= queries.unsqueeze(1)).to(call.queries.device)
+        weights = call.rule.weights(call.queries[:, :, queries], call.rows.padded().keys, visible[None, None])[0]
         mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
-        scores[call.layer_idx] = mass.amax(1).cpu()
+        scores[rank[call.layer_idx]] = mass.amax(1).cpu()
 
-    with observe(model, before_forward=lambda num_new, cache: None, after_attention=after_attention):
+    with observe(model, after_attention=after_attention):
         inputs = torch.tensor([token_ids], device=model.device)
         model(inputs, past_key_values=PiKVCache(model.config), use_cache=True, logits_to_keep=1)
     return scores
 
 
 def head_shape(config: Any) -> tuple[int, int]:
-    """Number of layers, and of KV heads in each."""
+    """Number of layers that hold ragged rows, and of KV heads in each."""
     config = config.get_text_config(decoder=True)
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return len(ragged_layers(config)), getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def save_head_scores(path: str | Path, scores: Tensor, config: Any) -> None:
     """Writes head scores ``[num_layers, G]`` with the kind of model they belong to."""
-    config = config.get_text_config(decoder=True)
-    save_file({"head_scores": scores.contiguous()}, str(path), metadata={"model_type": config.model_type})
+    metadata = {"model_type": config.get_text_config(decoder=True).model_type}
+    write_whole(Path(path), {"head_scores": scores.contiguous()}, metadata)
 
 
 def load_head_scores(path: str | Path, config: Any) -> Tensor:

@@ -15,35 +15,51 @@ class WindowScorer(Scorer):
     """
 
     def __init__(self, window_size: int = 32, kernel_size: int = 5) -> None:
+        check_window(window_size, kernel_size)
         self.window_size = window_size
         self.kernel_size = kernel_size
 
     def score(self, view: LayerView) -> Tensor:
-        attention = window_attention(view, self.window_size)
-        in_window = view.kept.positions >= (view.seen - self.window_size).view(-1, 1, 1).to(attention.device)
-        attention = attention.masked_fill(in_window, 0.0)
-        if self.kernel_size > 1:
-            attention = avg_pool1d(attention, self.kernel_size, padding=self.kernel_size // 2, stride=1)
-        # More than any mean of probabilities, and the newest first where not even the window fits.
-        recency = 2 + view.kept.positions / view.seen.view(-1, 1, 1).to(attention.device)
-        return torch.where(in_window, recency, attention)
+        return keep_window(view, window_attention(view, self.window_size), self.window_size, self.kernel_size)
 
 
-def window_attention(view: LayerView, window_size: int) -> Tensor:
-    """Mean attention that the last ``window_size`` real queries of each sequence pay the kept tokens, ``[B, G, L]``."""
+def check_window(window_size: int, kernel_size: int) -> None:
+    """Raises ValueError unless both sizes are at least 1 and the kernel's is odd."""
+    if window_size < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError("window_size must be at least 1, kernel_size odd and at least 1")
+
+
+def keep_window(view: LayerView, scores: Tensor, window_size: int, kernel_size: int) -> Tensor:
+    """Smooths the scores of what came before the window, and puts the window itself before it, the newest token first."""
+    in_window = view.kept.positions >= (view.seen - window_size).view(-1, 1, 1).to(scores.device)
+    scores = scores.masked_fill(in_window, 0.0)
+    if kernel_size > 1:
+        scores = avg_pool1d(scores, kernel_size, padding=kernel_size // 2, stride=1)
+    most = scores.amax(2, keepdim=True).clamp(min=1)
+    recency = view.kept.positions / view.seen.view(-1, 1, 1).to(scores.device)
+    return torch.where(in_window, most + 1 + recency, scores)
+
+
+def window_weights(view: LayerView, window_size: int) -> Tensor:
+    """Attention weights of the last ``window_size`` real queries of each sequence, ``[B, G, H / G, window, L]``.
+
+    Sequences with fewer queries have rows of zeros in front.
+    """
     kept = view.kept
-    heads, dim = kept.keys.shape[1], kept.keys.shape[3]
+    dim = kept.keys.shape[3]
     positions = view.query_positions
     # The real queries of a sequence, sorted to the right; what is left of them is padding at position -1.
     window_positions, order = positions.sort(dim=1, stable=True)
     window_positions, order = window_positions[:, -window_size:], order[:, -window_size:]
     queries = view.queries.gather(2, order[:, None, :, None].expand(-1, view.queries.shape[1], -1, dim))
-    queries = queries.unflatten(1, (heads, view.group_size)).flatten(2, 3).float()  # [B, G, group * window, D]
-    scores = queries @ kept.keys.float().transpose(2, 3) * view.scaling
-    scores = scores.unflatten(2, (view.group_size, -1))
     visible = kept.valid[:, :, None, :] & (kept.positions[:, :, None, :] <= window_positions[:, None, :, None])
-    hidden = ~visible.unsqueeze(2)
     # Padding, and queries all of whose keys were evicted, see nothing.
-    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1).masked_fill(hidden, 0.0)
-    is_query = (window_positions >= 0)[:, None, None, :, None]
-    return weights.sum(3).mean(2) / is_query.sum(3).clamp(min=1)[:, :, 0]
+    visible &= (window_positions >= 0)[:, None, :, None]
+    return view.rule.weights(queries, kept.keys, visible)
+
+
+def window_attention(view: LayerView, window_size: int) -> Tensor:
+    """Mean attention that the last ``window_size`` real queries of each sequence pay the kept tokens, ``[B, G, L]``."""
+    weights = window_weights(view, window_size)
+    num_queries = view.real.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1)
+    return weights.sum(3).mean(2) / num_queries

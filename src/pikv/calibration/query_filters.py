@@ -1,0 +1,112 @@
+"""Which direction do a head's queries have in common? Measured on the model itself, offline (Q-Filters, arXiv 2503.02812)."""
+
+import random
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pikv.calibration.heads import head_shape
+from pikv.hf.cache import PiKVCache
+from pikv.hf.files import write_whole
+from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.support import ragged_layers
+from pikv.hf.tokenizer import tokenizer_of
+from pikv.tasks.retrieval import make_retrieval
+
+_NUM_SAMPLES = 3
+_NUM_RECORDS = 16
+_NUM_WORDS = 512
+
+_found: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
+
+
+def find_query_filters(model: Any, tokenizer: Any = None, *, seed: int = 0) -> Tensor:
+    """Finds, for every KV head of ``model``, the unit vector along which the queries of its group lie, turned towards them.
+
+    It is the first right singular vector of all query heads' queries, after RoPE. Without a ``tokenizer`` the one saved beside
+    the model is used; without that, random tokens stand in for the text. The result is remembered for the model object.
+
+    Returns:
+        ``[num_layers, G, D]`` (float32, CPU)
+    """
+    known = _found.setdefault(model, {}) if tokenizer is None else {}
+    if seed not in known:
+        texts = tokenizer or tokenizer_of(model)
+        rng = random.Random(seed)
+        known[seed] = _principal_directions(model, [_sample(rng, model, texts) for _ in range(_NUM_SAMPLES)])
+    return known[seed]
+
+
+def _sample(rng: random.Random, model: Any, tokenizer: Any) -> list[int]:
+    config = model.config.get_text_config(decoder=True)
+    if tokenizer is None:
+        ids = rng.choices(range(config.vocab_size), k=_NUM_WORDS)
+    else:
+        sample = make_retrieval(rng, num_words=_NUM_WORDS, num_records=_NUM_RECORDS)
+        questions = " ".join(f"{question.prompt} {question.answer}" for question in sample.questions)
+        ids = tokenizer(f"{sample.context} {questions}")["input_ids"]
+    return list(ids)[: getattr(config, "max_position_embeddings", None) or len(ids)]
+
+
+@torch.no_grad()
+def _principal_directions(model: Any, samples: list[list[int]]) -> Tensor:
+    """The direction of each KV head's queries over all samples, ``[layers, G, D]``."""
+    products: dict[int, Tensor] = {}  # of the queries with themselves, [G, D, D]: their singular vectors at a fixed size
+    sums: dict[int, Tensor] = {}
+
+    def after_attention(observed: ObservedCall) -> None:
+        call = observed.call
+        queries = call.queries[0].unflatten(0, (call.rows.num_kv_heads, -1)).flatten(1, 2).double().cpu()
+        products[call.layer_idx] = products.get(call.layer_idx, 0) + queries.mT @ queries
+        sums[call.layer_idx] = sums.get(call.layer_idx, 0) + queries.sum(1)
+
+    with observe(model, after_attention=after_attention):
+        for sample in samples:
+            inputs = torch.tensor([sample], device=model.device)
+            model(inputs, past_key_values=PiKVCache(model.config), use_cache=True, logits_to_keep=1)
+    layers = ragged_layers(model.config)
+    directions = torch.linalg.eigh(torch.stack([products[layer] for layer in layers])).eigenvectors[..., -1]
+    towards = (directions * torch.stack([sums[layer] for layer in layers])).sum(-1, keepdim=True)
+    return torch.where(towards < 0, -directions, directions).float()
+
+
+def save_query_filters(path: str | Path, filters: Tensor, config: Any) -> None:
+    """Writes filters ``[num_layers, G, D]`` with the kind of model they belong to; whole, or not at all."""
+    metadata = {"model_type": config.get_text_config(decoder=True).model_type}
+    write_whole(Path(path), {"query_filters": filters.contiguous()}, metadata)
+
+
+def load_query_filters(path: str | Path, config: Any) -> Tensor:
+    """Reads filters from a ``.safetensors`` file of ours.
+
+    Raises:
+        ValueError: if the file cannot be read, or was made for a model of another kind or shape.
+    """
+    kind = config.get_text_config(decoder=True).model_type
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            filters: Tensor = file.get_tensor("query_filters")
+            made_for = (file.metadata() or {}).get("model_type", kind)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read query filters from {path}: {error}") from error
+    if made_for != kind:
+        raise ValueError(f"{path} holds query filters for {made_for}; this is {kind}")
+    return checked_filters(filters, config)
+
+
+def checked_filters(filters: Tensor, config: Any) -> Tensor:
+    """The filters, if their shape is the model's.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    text = config.get_text_config(decoder=True)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    expected = (*head_shape(config), dim)
+    if tuple(filters.shape) != expected:
+        raise ValueError(f"query filters of shape {tuple(filters.shape)}; this {text.model_type} needs {expected}")
+    return filters

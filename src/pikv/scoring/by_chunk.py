@@ -1,0 +1,48 @@
+"""Every chunk on its own (as in FINCH, arXiv 2408.00167)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pikv.cache.notes import Note
+from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.chunks import chunk_views
+from pikv.scoring.wrapping import WrappingScorer
+
+
+@dataclass
+class _ChunkNotes(Note):
+    """The notes of the scorer that was shown the chunks, by first position."""
+
+    by_chunk: dict[int, dict[Any, Note]] = field(default_factory=dict)
+
+
+class ByChunkScorer(WrappingScorer):
+    """Shows another scorer one chunk of ``chunk_length`` true positions at a time, and scores tokens by their place in it.
+
+    Places are evenly spaced between 1 and 0, so that the best tokens of a row are the same share of every chunk. Chunks of
+    earlier turns, whose queries are gone, are scored by the first ``chunk_length`` queries of the present turn.
+    """
+
+    def __init__(self, inner: Scorer, chunk_length: int = 1024) -> None:
+        super().__init__(inner)
+        if chunk_length < 1:
+            raise ValueError("chunk_length must be at least 1")
+        self.chunk_length = chunk_length
+        self.wants_logsumexp = False  # that of attention to the whole context is of no use within a chunk
+
+    def score(self, view: LayerView) -> Tensor:
+        batch, heads, longest = view.kept.positions.shape
+        scores = torch.zeros((batch, heads, longest + 1), device=view.kept.keys.device)
+        notes = view.notes.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
+        assert isinstance(notes, _ChunkNotes)
+        notes.seen = int(view.seen.sum())
+        for start, chunk, slots in chunk_views(view, self.chunk_length):
+            chunk = replace(chunk, notes=notes.by_chunk.setdefault(start, {}))
+            inner = self.inner.score(chunk).float().masked_fill(~chunk.kept.valid, float("-inf"))
+            ranks = inner.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+            lengths = chunk.kept.lengths.unsqueeze(2).to(ranks.device)
+            scores.scatter_(2, slots, 1 - (ranks + 0.5) / lengths.clamp(min=1))
+        return scores[..., :longest]

@@ -1,0 +1,23 @@
+"""Scorers that change what another one says."""
+
+from copy import copy
+from typing import Any, TypeVar
+
+from pikv.scoring.base import Scorer
+
+_Self = TypeVar("_Self", bound="WrappingScorer")
+
+
+class WrappingScorer(Scorer):
+    """Asks another scorer, and is shown what that one wants to see."""
+
+    def __init__(self, inner: Scorer) -> None:
+        self.inner = inner
+        self.wants_logsumexp = inner.wants_logsumexp
+        self.reread = inner.reread
+
+    def bind(self: _Self, model: Any) -> _Self:
+        bound = copy(self)
+        bound.inner = self.inner.bind(model)
+        bound.reread = bound.inner.reread
+        return bound
