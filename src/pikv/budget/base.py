@@ -1,30 +1,73 @@
 """How many tokens may each layer and head keep?"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from pikv.budget.amount import Amount
 from pikv.scoring.base import LayerView
 
 
 class Budget(ABC):
-    """Turns a layer's view into token counts; whole tokens throughout, ratios end here."""
+    """Turns a layer's view, and then its scores, into token counts; whole tokens throughout, ratios end here."""
+
+    amount: Amount
+    """How much the budget shares out."""
+
+    reads_queries = False
+    """Whether it looks at queries, beside scores."""
 
     @abstractmethod
     def wanted(self, view: LayerView) -> Tensor:
         """Returns how many of the tokens given to it every row should hold, ``[B, G]`` (int64, CPU), at least 1."""
 
-    def counts(self, view: LayerView) -> Tensor:
-        """Returns how many tokens every row keeps, ``[B, G]``: those wanted, or all where fewer are left."""
-        counts: Tensor = torch.minimum(self.wanted(view), view.kept.lengths)
-        return counts
+    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
+        """Whether nothing has to go, so that no score is needed."""
+        return bool((wanted >= view.kept.lengths).all())
+
+    def counts(self, view: LayerView, scores: Tensor, wanted: Tensor) -> Tensor:
+        """Returns how many tokens every row keeps now that ``scores`` ``[B, G, L]`` are known, ``[B, G]``."""
+        return view.allotted
 
     @abstractmethod
+    def with_amount(self, amount: Amount) -> "Budget":
+        """The same way of sharing, with another amount to share."""
+
     def smallest(self, num_tokens: int) -> int:
         """Tokens that the smallest row would keep of ``num_tokens``; 0 where the budget cannot work."""
+        return self.amount.smallest(num_tokens)
 
 
-def kept_tokens(given: Tensor, ratio: float) -> Tensor:
-    """Tokens left of ``given`` when the ``ratio`` share goes, rounded to whole tokens."""
-    return (given.double() * (1 - ratio)).round().long()
+@dataclass(kw_only=True, eq=False)
+class ScoredLayer:
+    """A layer that was scored in the present pass: what budgets that span layers share out by.
+
+    ``scores`` is ``[B, G, L]`` of the tokens that the layer holds now, ``lengths`` and ``wanted`` ``[B, G]`` are how many
+    it holds and how many it would by equal shares, ``num_protected`` how many must stay; ``preference`` ``[B]`` is what the
+    budget made of the layer's view.
+    """
+
+    layer_idx: int
+    scores: Tensor
+    lengths: Tensor
+    wanted: Tensor
+    num_protected: Tensor
+    preference: Tensor | None
+
+
+class JointBudget(Budget):
+    """A budget that shares out over layers: as later ones become known, earlier ones may have to give tokens away."""
+
+    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
+        # All layers or none: after another stage, what one layer was given says nothing about the next.
+        return view.is_first_stage and bool((wanted >= view.given).all())
+
+    def preference(self, view: LayerView) -> Tensor | None:
+        """How much this layer needs, ``[B]``, read off its view."""
+        return None
+
+    @abstractmethod
+    def share(self, layers: Sequence[ScoredLayer], num_layers: int) -> list[Tensor]:
+        """Returns counts ``[B, G]`` for each layer known so far, of ``num_layers`` in all; never more than they hold."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
 from pikv.scoring.base import LayerView
 
@@ -31,24 +32,27 @@ class HeadBudget(Budget):
         ranks = torch.empty(num_heads, dtype=torch.long)
         ranks[order] = torch.arange(num_heads)
         self.ranks = ranks.view_as(head_scores)
-        self.ratio = ratio
+        self.amount = Amount(ratio or 0.0)
         self.head_ratio = head_ratio
         self.window = sink_size + recent_size
 
     def wanted(self, view: LayerView) -> Tensor:
         num_streaming = torch.tensor([self.num_streaming(float(given)) for given in view.given.double().mean(1)])
-        streams = self.ranks[view.layer_idx].unsqueeze(0) < num_streaming.unsqueeze(1)
+        streams = self.ranks[view.rank].unsqueeze(0) < num_streaming.unsqueeze(1)
         return torch.where(streams, view.given.clamp(max=self.window), view.given)
 
     def num_streaming(self, num_tokens: float) -> int:
         """How many of the model's KV heads stream when each row is given ``num_tokens`` tokens."""
         if self.head_ratio is not None:
             return round(self.head_ratio * self.num_heads)
-        assert self.ratio is not None
+        ratio = self.amount.ratio
         saved = num_tokens - self.window  # by one streaming head
-        if self.ratio == 0 or saved <= 0:
-            return 0 if self.ratio == 0 else self.num_heads
-        return min(self.num_heads, round(self.ratio * self.num_heads * num_tokens / saved))
+        if ratio == 0 or saved <= 0:
+            return 0 if ratio == 0 else self.num_heads
+        return min(self.num_heads, round(ratio * self.num_heads * num_tokens / saved))
+
+    def with_amount(self, amount: Amount) -> Budget:
+        raise ValueError("streaming heads have their own length; there is no other amount to give them")
 
     def smallest(self, num_tokens: int) -> int:
         return min(self.window, num_tokens)

@@ -1,5 +1,7 @@
 """Scores and counts to kept indices: the one place where tokens are chosen."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,10 @@ def select(scores: Tensor, counts: Tensor, lengths: Tensor) -> list[Tensor]:
     return [row[:count].sort().values for row, count in zip(ranked, counts.flatten().tolist(), strict=True)]
 
 
-def protect_recent(scores: Tensor, recent: Tensor, lengths: Tensor) -> Tensor:
-    """Puts the newest ``recent[b, g]`` tokens of every row before all others; all ``[B, G]`` on the CPU."""
-    slots = torch.arange(scores.shape[2])
-    is_recent = slots >= (lengths - recent).unsqueeze(2)
-    return scores.masked_fill(is_recent.to(scores.device), float("inf"))
+def values_of(kept: Sequence[Tensor], values: Tensor) -> Tensor:
+    """The values ``[B, G, L]`` of the tokens that were kept, ``[B, G, longest]``; zeros behind a row's end."""
+    batch, heads, _ = values.shape
+    left = values.new_zeros((batch * heads, max(len(row) for row in kept)))
+    for row, indices in enumerate(kept):
+        left[row, : len(indices)] = values.flatten(0, 1)[row, indices.to(values.device)]
+    return left.view(batch, heads, -1)

@@ -1,25 +1,22 @@
 """The same share, or the same number of tokens, for every row."""
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from pikv.budget.base import Budget, kept_tokens
+from pikv.budget.amount import Amount
+from pikv.budget.base import Budget
 from pikv.scoring.base import LayerView
 
 
+@dataclass(frozen=True)
 class UniformBudget(Budget):
-    """Removes the ``ratio`` share of every row, or keeps ``tokens`` per row."""
+    """Gives every row the same share of what it was given."""
 
-    def __init__(self, ratio: float = 0.0, tokens: int | None = None) -> None:
-        self.ratio = ratio
-        self.tokens = tokens
+    amount: Amount
 
     def wanted(self, view: LayerView) -> Tensor:
-        if self.tokens is not None:
-            return view.given.clamp(max=self.tokens)
-        return kept_tokens(view.given, self.ratio).clamp(min=1)
+        return self.amount.per_row(view)
 
-    def smallest(self, num_tokens: int) -> int:
-        if self.tokens is not None:
-            return min(self.tokens, num_tokens)
-        return int(kept_tokens(torch.tensor(num_tokens), self.ratio))
+    def with_amount(self, amount: Amount) -> "UniformBudget":
+        return UniformBudget(amount)

@@ -1,0 +1,66 @@
+"""Heads with more to keep get more (AdaKV, arXiv 2407.11550)."""
+
+import torch
+from torch import Tensor
+
+from pikv.budget.amount import Amount
+from pikv.budget.base import Budget, JointBudget
+from pikv.budget.heads import HeadBudget
+from pikv.scoring.base import LayerView
+
+
+class AdaptiveHeadBudget(Budget):
+    """Within each layer, keeps the tokens of the highest score over all heads together, as many as ``inner`` allots.
+
+    Every head keeps at least the share ``safeguard`` of its own allotment, by its own scores.
+
+    Raises:
+        ValueError: for a safeguard outside of [0, 1], or budgets that share out among heads by themselves.
+    """
+
+    def __init__(self, inner: Budget, safeguard: float = 0.2) -> None:
+        if not 0 <= safeguard <= 1:
+            raise ValueError(f"alpha_safeguard must lie between 0 and 1, not {safeguard!r}")
+        if isinstance(inner, JointBudget | HeadBudget):
+            raise ValueError("a budget that spans layers, or that chooses heads, shares out among heads by itself")
+        self.inner = inner
+        self.amount = inner.amount
+        self.safeguard = safeguard
+
+    def wanted(self, view: LayerView) -> Tensor:
+        return self.inner.wanted(view)
+
+    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
+        return bool((wanted.sum(1) >= view.kept.lengths.sum(1)).all())
+
+    def counts(self, view: LayerView, scores: Tensor, wanted: Tensor) -> Tensor:
+        safe = (view.allotted.double() * self.safeguard).floor().long().clamp(min=1)
+        safe = torch.minimum(safe, view.allotted)
+        return share_by_score(scores, view.kept.lengths, safe, wanted.sum(1))
+
+    def with_amount(self, amount: Amount) -> "AdaptiveHeadBudget":
+        return AdaptiveHeadBudget(self.inner.with_amount(amount), self.safeguard)
+
+    def smallest(self, num_tokens: int) -> int:
+        return self.inner.smallest(num_tokens)
+
+
+def share_by_score(scores: Tensor, lengths: Tensor, safe: Tensor, totals: Tensor) -> Tensor:
+    """Shares out a number of tokens among rows by taking the highest scores of all of them.
+
+    ``scores`` is ``[B, R, L]``, ``lengths`` and ``safe`` ``[B, R]`` (each row's tokens, and how many of its own best it keeps
+    in any case), ``totals`` ``[B]`` is what the rows of a sequence keep together.
+
+    Returns:
+        counts ``[B, R]`` (int64, CPU), which sum up to ``totals``, or are all lengths where these are less
+    """
+    batch, rows, longest = scores.shape
+    ranked = scores.float().nan_to_num(neginf=torch.finfo(torch.float32).min)
+    beyond = torch.arange(longest) >= lengths.unsqueeze(2)
+    ranked = ranked.masked_fill(beyond.to(scores.device), float("-inf")).sort(dim=2, descending=True, stable=True).values
+    ranked = ranked.masked_fill((torch.arange(longest) < safe.unsqueeze(2)).to(scores.device), float("inf"))
+    order = ranked.flatten(1).argsort(dim=1, descending=True, stable=True).cpu()
+    counts = torch.zeros((batch, rows), dtype=torch.long)
+    for b, total in enumerate(torch.minimum(totals, lengths.sum(1)).tolist()):
+        counts[b] = torch.bincount(order[b, :total] // max(1, longest), minlength=rows)
+    return counts
