@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pikv.hf.cache import PiKVCache
+    from pikv.presses.prefill import prefill
     from pikv.presses.registry import get_press, list_presses
 
 __version__ = "0.1.0"
-__all__ = ["PiKVCache", "get_press", "list_presses"]
+__all__ = ["PiKVCache", "get_press", "list_presses", "prefill"]
 
-_LAZY = {"PiKVCache": "pikv.hf.cache", "get_press": "pikv.presses.registry", "list_presses": "pikv.presses.registry"}
+_LAZY = {
+    "PiKVCache": "pikv.hf.cache",
+    "get_press": "pikv.presses.registry",
+    "list_presses": "pikv.presses.registry",
+    "prefill": "pikv.presses.prefill",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,9 @@
+from importlib.util import find_spec
+
 import pytest
 
 from pikv import get_press, list_presses
-from pikv.presses import ComposedPress, DuoAttentionPress, MoERouterPress, SnapKVPress
+from pikv.presses import ComposedPress, DuoAttentionPress, MoERouterPress, SnapKVPress, from_kvpress
 from pikv.presses.registry import describe_press
 
 
@@ -40,3 +42,11 @@ def test_options_and_ratios():
 def test_bad_specifications(spec, options, message):
     with pytest.raises(ValueError, match=message):
         get_press(spec, **options)
+
+
+@pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is installed")
+def test_without_kvpress_its_presses_say_what_is_missing():
+    with pytest.raises(ValueError, match=r'kvpress is not installed; pip install "pikv\[kvpress\]"'):
+        get_press("kvpress.KnormPress:0.5")
+    with pytest.raises(ValueError, match=r"takes a press of kvpress, not 'knorm' \(kvpress is not installed"):
+        from_kvpress("knorm")

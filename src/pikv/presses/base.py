@@ -1,41 +1,12 @@
 """The contract of a press: what users apply to a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from pikv.presses.session import apply
+from pikv.presses.stage import FreeStage, Kept, Stage
 from pikv.scoring.base import LayerView
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Decision:
-    """Which tokens of every row ``b * G + g`` to keep; None leaves the layer as it is.
-
-    ``wanted`` ``[B, G]`` is how many tokens the rows would hold had all of the given ones been there; None: as many as they do.
-    A further stage's ratio refers to it.
-    """
-
-    kept: Sequence[Tensor] | None
-    wanted: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Stage:
-    """A press and how it decides about a layer of the model that it is bound to."""
-
-    press: "BasePress"
-    decide: Callable[[LayerView], Decision]
-
-
-def check_ratio(ratio: float, name: str = "compression_ratio") -> float:
-    """Returns the ratio if it lies in [0, 1), else raises ValueError."""
-    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ValueError(f"{name} must be at least 0 and less than 1, not {ratio!r}")
-    return float(ratio)
 
 
 class BasePress:
@@ -46,9 +17,6 @@ class BasePress:
 
     A press of one's own overrides ``compress`` and ``smallest``.
     """
-
-    wants_logsumexp = False
-    """Whether views should carry the log-sum-exp of a prefill's attention, which takes a moment to get hold of."""
 
     def __init__(self) -> None:
         self._kept: dict[int, list[tuple[int, int]]] = {}
@@ -67,15 +35,11 @@ class BasePress:
         """
         return apply(self, model)
 
-    def bind(self, model: Any) -> list[Stage]:
+    def bind(self, model: Any) -> Sequence[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""
-        return [Stage(press=self, decide=self.decide)]
+        return [FreeStage(presses=(self,), compress=self.compress)]
 
-    def decide(self, view: LayerView) -> Decision:
-        """Decides about one layer."""
-        return Decision(kept=self.compress(view))
-
-    def compress(self, view: LayerView) -> Sequence[Tensor] | None:
+    def compress(self, view: LayerView) -> Kept | None:
         """Returns the tokens of one layer to keep, for every row ``b * G + g`` ascending token numbers; None keeps all."""
         return None
 
@@ -91,11 +55,16 @@ class BasePress:
         """What the press did since the last reset: compressions, and the share removed, by layer and in all."""
         given = {layer: sum(pair[0] for pair in pairs) for layer, pairs in self._kept.items()}
         kept = {layer: sum(pair[1] for pair in pairs) for layer, pairs in self._kept.items()}
+        total = sum(given.values())
         return {
-            "compression_count": max((len(pairs) for pairs in self._kept.values()), default=0),
-            "compression_ratio": 1 - sum(kept.values()) / sum(given.values()) if given else 0.0,
+            "compression_count": max((sum(pair[0] > 0 for pair in pairs) for pairs in self._kept.values()), default=0),
+            "compression_ratio": 1 - sum(kept.values()) / total if total else 0.0,
             "layer_stats": {
-                layer: {"num_given": given[layer], "num_kept": kept[layer], "compression_ratio": 1 - kept[layer] / given[layer]}
+                layer: {
+                    "num_given": given[layer],
+                    "num_kept": kept[layer],
+                    "compression_ratio": 1 - kept[layer] / given[layer] if given[layer] else 0.0,
+                }
                 for layer in sorted(given)
             },
         }

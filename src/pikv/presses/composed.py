@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from pikv.presses.base import BasePress, Stage
+from pikv.presses.base import BasePress
+from pikv.presses.stage import Stage, joined
 
 
 class ComposedPress(BasePress):
@@ -15,14 +16,13 @@ class ComposedPress(BasePress):
         if not presses:
             raise ValueError("ComposedPress needs at least one press")
         self.presses = list(presses)
-        self.wants_logsumexp = any(press.wants_logsumexp for press in self.presses)
 
     @property
     def compression_ratio(self) -> float:
         return 1 - prod(1 - press.compression_ratio for press in self.presses)
 
-    def bind(self, model: Any) -> list[Stage]:
-        return [stage for press in self.presses for stage in press.bind(model)]
+    def bind(self, model: Any) -> Sequence[Stage]:
+        return joined([stage for press in self.presses for stage in press.bind(model)], self)
 
     def smallest(self, num_tokens: int) -> int:
         for press in self.presses:

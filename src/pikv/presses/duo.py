@@ -1,16 +1,16 @@
 """DuoAttention: heads that retrieve keep all tokens, heads that do not only sinks and recent ones (arXiv 2410.10819)."""
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pikv.budget.amount import check_ratio
 from pikv.budget.heads import HeadBudget
 from pikv.calibration.heads import find_retrieval_heads, head_shape, load_head_scores
-from pikv.presses.base import BasePress, Decision, Stage, check_ratio
-from pikv.presses.scorer import decide_by
-from pikv.scoring.base import LayerView
+from pikv.presses.base import BasePress
+from pikv.presses.stage import ScoredStage, Stage
 from pikv.scoring.position import PositionScorer
 
 
@@ -57,7 +57,7 @@ class DuoAttentionPress(BasePress):
         assert ratio is not None
         return ratio
 
-    def bind(self, model: Any) -> list[Stage]:
+    def bind(self, model: Any) -> Sequence[Stage]:
         """Measures or reads the head scores of ``model``."""
         scores = self.head_scores
         if scores is None:
@@ -73,10 +73,7 @@ class DuoAttentionPress(BasePress):
             sink_size=self.sink_size,
             recent_size=self.recent_size,
         )
-        return [Stage(press=self, decide=partial(self._decide, budget))]
-
-    def _decide(self, budget: HeadBudget, view: LayerView) -> Decision:
-        return decide_by(budget, view, lambda counts: PositionScorer(self.sink_size).score(view))
+        return [ScoredStage(presses=(self,), scorer=PositionScorer(self.sink_size), budget=budget)]
 
     def smallest(self, num_tokens: int) -> int:
         return min(self.sink_size + self.recent_size, num_tokens)

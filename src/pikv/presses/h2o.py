@@ -1,10 +1,9 @@
 """H2O: heavy hitters and recent tokens."""
 
-from torch import Tensor
+from typing_extensions import Unpack
 
-from pikv.budget.select import protect_recent
+from pikv.budget.amount import Limits
 from pikv.presses.scorer import ScorerPress
-from pikv.scoring.base import LayerView
 from pikv.scoring.observed import ObservedAttentionScorer
 
 
@@ -14,14 +13,7 @@ class H2OPress(ScorerPress):
     ``recent_ratio`` is the share of the kept tokens that goes to the most recent ones, which had no time to gather attention.
     """
 
-    wants_logsumexp = True
-
-    def __init__(self, compression_ratio: float = 0.5, *, recent_ratio: float = 0.5, budget: int | None = None) -> None:
+    def __init__(self, compression_ratio: float = 0.5, *, recent_ratio: float = 0.5, **limits: Unpack[Limits]) -> None:
         if not 0 <= recent_ratio <= 1:
             raise ValueError(f"recent_ratio must lie between 0 and 1, not {recent_ratio!r}")
-        super().__init__(ObservedAttentionScorer(), compression_ratio, budget=budget)
-        self.recent_ratio = recent_ratio
-
-    def scores(self, view: LayerView, counts: Tensor) -> Tensor:
-        recent = (counts.double() * self.recent_ratio).floor().long()
-        return protect_recent(self.scorer.score(view), recent, view.kept.lengths)
+        super().__init__(ObservedAttentionScorer(recent_ratio), compression_ratio, **limits)

@@ -2,23 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
-from pikv.budget.select import select
-from pikv.budget.uniform import UniformBudget
-from pikv.presses.base import BasePress, Decision, Stage, check_ratio
+from pikv.budget.amount import Limits
+from pikv.cache.rows import RaggedRows
+from pikv.presses.scorer import ScorerPress
+from pikv.presses.stage import Kept, ScoredStage, Stage
 from pikv.routing.base import MoERouter, Routing, RoutingStats, warn_uncalibrated
-from pikv.routing.factory import create_moe_router, router_class
+from pikv.routing.votes import RoutedVotesScorer
 from pikv.scoring.base import LayerView
 from pikv.scoring.experts import RetentionExpert, default_experts
 from pikv.scoring.window import window_attention
 
 
-class MoERouterPress(BasePress):
+class MoERouterPress(ScorerPress):
     """Scores every token by the votes of retention experts, weighted by a router that reads its hidden state.
 
     ``routers`` are trained routers by layer index; layers without one mix their experts evenly. Tokens of earlier turns,
@@ -37,54 +36,30 @@ class MoERouterPress(BasePress):
         top_k: int = 2,
         routers: Mapping[int, MoERouter] | None = None,
         experts: Mapping[str, RetentionExpert] | None = None,
+        **limits: Unpack[Limits],
     ) -> None:
-        super().__init__()
-        self._ratio = check_ratio(compression_ratio)
-        router_class(router_type)
         self.experts = dict(default_experts() if experts is None else experts)
         if num_experts != len(self.experts):
             raise ValueError(f"num_experts is {num_experts}, but there are {len(self.experts)} retention experts")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must lie between 1 and num_experts={num_experts}, not {top_k}")
-        self.router_type = router_type
-        self.top_k = top_k
-        self.routers = dict(routers or {})
-        self.budget = UniformBudget(self._ratio)
+        super().__init__(RoutedVotesScorer(self.experts, routers or {}, router_type, top_k), compression_ratio, **limits)
         self._layers: dict[int, _LayerRecord] = {}
         self._has_warned = False
 
-    @property
-    def compression_ratio(self) -> float:
-        return self._ratio
-
-    def bind(self, model: Any) -> list[Stage]:
+    def bind(self, model: Any) -> Sequence[Stage]:
         """Makes the routers of ``model``, one a layer."""
-        config = model.config.get_text_config(decoder=True)
-        routers = {
-            layer: self.routers.get(layer)
-            or create_moe_router(self.router_type, config.hidden_size, len(self.experts), self.top_k)
-            for layer in range(config.num_hidden_layers)
-        }
-        if not self._has_warned and not all(router.calibrated for router in routers.values()):
+        scorer = self.scorer.bind(model)
+        assert isinstance(scorer, RoutedVotesScorer)
+        uncalibrated = [router for router in scorer.routers.values() if not router.calibrated]
+        if uncalibrated and not self._has_warned:
             self._has_warned = True
-            warn_uncalibrated(next(iter(routers.values())))
-        return [Stage(press=self, decide=partial(self._decide, routers))]
+            warn_uncalibrated(uncalibrated[0])
+        return [RoutedStage(presses=(self,), scorer=scorer, budget=self.budget)]
 
-    def _decide(self, routers: Mapping[int, MoERouter], view: LayerView) -> Decision:
-        lengths, counts, wanted = view.kept.lengths, self.budget.counts(view), self.budget.wanted(view)
-        if bool((counts == lengths).all()):
-            return Decision(kept=None, wanted=wanted)
-        router = routers[view.layer_idx]
-        mixture, routings = router.mixture(view.hidden_states, view.real)
-        votes = torch.stack([expert.votes(view) for expert in self.experts.values()], dim=-1)
-        scores = (votes * _weights_of_kept(view, mixture)).sum(-1)
-        kept = select(scores, counts, lengths)
+    def note(self, view: LayerView, kept: Kept, router: MoERouter, routings: list[Routing]) -> None:
+        """Adds a decision to the statistics."""
         record = self._layers.setdefault(view.layer_idx, _LayerRecord(router))
-        record.note(routings, 1 - float(counts.sum() / lengths.sum()), _hit_rate(view, kept))
-        return Decision(kept=kept, wanted=wanted)
-
-    def smallest(self, num_tokens: int) -> int:
-        return self.budget.smallest(num_tokens)
+        num_kept = sum(len(row) for row in kept)
+        record.note(routings, 1 - num_kept / float(view.kept.lengths.sum()), _hit_rate(view, kept))
 
     def get_stats(self) -> dict[str, Any]:
         """Beside what every press reports: auxiliary losses, calibration, and by layer expert usage and measured hit rates."""
@@ -116,6 +91,15 @@ class MoERouterPress(BasePress):
         self._layers.clear()
 
 
+class RoutedStage(ScoredStage):
+    """A stage whose press keeps book of what its routers did."""
+
+    def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
+        assert isinstance(self.press, MoERouterPress)
+        for router, routings in view.scratch.pop(RoutedVotesScorer, []):
+            self.press.note(view, kept, router, routings)
+
+
 class _LayerRecord:
     """What one layer's router did since the last reset."""
 
@@ -131,17 +115,7 @@ class _LayerRecord:
         self.hit_rates.append(hit_rate)
 
 
-def _weights_of_kept(view: LayerView, mixture: Tensor) -> Tensor:
-    """From a mixture for the new columns ``[B, T, E]`` to one for the cached tokens ``[B, G, L, E]``, by true position."""
-    batch, _, num_experts = mixture.shape
-    by_position = torch.full((batch, int(view.seen.max()), num_experts), 1 / num_experts, device=mixture.device)
-    sequence, column = view.real.nonzero(as_tuple=True)
-    by_position[sequence, view.query_positions[sequence, column]] = mixture[sequence, column].to(by_position)
-    rows = torch.arange(batch, device=mixture.device).view(-1, 1, 1)
-    return by_position[rows, view.kept.positions.clamp(min=0).long()]
-
-
-def _hit_rate(view: LayerView, kept: Sequence[Tensor]) -> float:
+def _hit_rate(view: LayerView, kept: Kept) -> float:
     """The attention of the last queries that falls on kept tokens, over all their attention."""
     attention = window_attention(view, window_size=32).flatten(0, 1)
     hits = sum(float(row[indices].sum()) for row, indices in zip(attention, kept, strict=True))

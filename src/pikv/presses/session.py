@@ -2,87 +2,188 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from pikv.cache.rows import RaggedRows
-from pikv.hf.cache import PiKVCache
-from pikv.hf.hooks import ObservedCall, observe
-from pikv.hf.support import check_supported
-from pikv.scheduling.after_prefill import AfterPrefill
+from pikv.budget.select import values_of
+from pikv.hf.attention import AttentionCall
+from pikv.hf.hooks import ForwardInputs, ObservedCall, observe
+from pikv.hf.reread import check_room, read_again
+from pikv.hf.support import check_supported, ragged_layers
+from pikv.presses.steps import Held, Steps, note_of
 from pikv.scoring.base import LayerView
 
 if TYPE_CHECKING:
-    from pikv.presses.base import BasePress, Stage
+    from pikv.presses.base import BasePress
+    from pikv.presses.stage import Stage
 
 
 @contextmanager
 def apply(press: BasePress, model: Any) -> Iterator[None]:
     """Lets ``press`` compress the caches of ``model`` until the block ends."""
     check_supported(model)  # before a press looks at the model in its own way
-    stages = press.bind(model)
-    scheduler = AfterPrefill()
-
-    def before_forward(num_new: int, cache: PiKVCache) -> None:
-        num_tokens = cache.get_seq_length() + num_new
-        if scheduler.should_act(num_new) and press.smallest(num_tokens) < 1:
-            raise ValueError(f"{press!r} would keep no token of a context of {num_tokens}; lower the ratio")
-
-    def after_attention(observed: ObservedCall) -> None:
-        if scheduler.should_act(observed.call.queries.shape[2]):
-            compress_layer(press, stages, observed)
-
+    session = Session(press, model, press.bind(model))
     with observe(
         model,
-        before_forward=before_forward,
-        after_attention=after_attention,
-        wants_logsumexp=press.wants_logsumexp,
+        before_forward=session.before_forward,
+        after_attention=session.after_attention,
+        after_forward=session.after_forward,
+        wants_logsumexp=any(stage.wants_logsumexp for stage in session.stages),
     ):
         yield
 
 
-@torch.no_grad()
-def compress_layer(press: BasePress, stages: list[Stage], observed: ObservedCall) -> None:
-    """Takes every stage's decision about one layer and carries it out.
+class Session:
+    """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass."""
 
-    The first stage's ratio refers to all tokens seen, every further one's to what the stage before wants to be left of them.
-    So a conversation that is compressed turn by turn ends up with the same share as one that is compressed at once.
-    """
-    call, rows = observed.call, observed.call.rows
-    num_columns = call.queries.shape[0] * call.queries.shape[2] if call.real is None else int(call.real.sum())
-    num_new = num_given = num_columns * rows.num_kv_heads
-    given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
-    for stage in stages:
-        before = int(rows.lengths.sum())
-        decision = stage.decide(view_of(observed, rows, given))
-        if decision.kept is not None:
-            rows.keep(decision.kept)
-        num_evicted = before - int(rows.lengths.sum())
-        stage.press.record(call.layer_idx, num_given, num_evicted)
-        num_given -= num_evicted
-        given = rows.lengths if decision.wanted is None else decision.wanted
-    if all(stage.press is not press for stage in stages):
-        press.record(call.layer_idx, num_new, num_new - num_given)
+    def __init__(self, press: BasePress, model: Any, stages: Sequence[Stage]) -> None:
+        self.press = press
+        self.model = model
+        self.stages = stages
+        self.ranks = {layer: rank for rank, layer in enumerate(ragged_layers(model.config))}
+        self.num_kept_steps = max((stage.schedule.queries_while_decoding for stage in stages), default=0)
+        self.reread = next((stage.reread for stage in stages if stage.reread), None)
+        self.waits = False  # with all decisions, for a second reading
+        self.waiting: dict[int, ObservedCall] = {}
+        self.scratch: dict[Stage, dict[Any, Any]] = {}
+        self.inputs: ForwardInputs | None = None
+
+    def before_forward(self, inputs: ForwardInputs) -> None:
+        """Checks that what is to be done can be done, before anything is computed."""
+        self.inputs = inputs
+        self.scratch = {stage: {} for stage in self.stages}
+        self.waiting.clear()
+        num_tokens = num_seen = inputs.cache.get_seq_length() + inputs.num_new
+        for stage in self.stages:
+            if stage.schedule.should_act(inputs.num_new, 0):
+                num_tokens = stage.smallest(num_tokens)
+        if num_tokens < 1:
+            raise ValueError(f"{self.press!r} would keep no token of a context of {num_seen}; lower the ratio")
+        self.waits = self.reread is not None and inputs.num_new > 1 and num_tokens < num_seen
+        if self.reread and self.waits:
+            if inputs.input_ids is None:
+                raise ValueError(f"{self.press!r} reads the context twice and needs its input_ids")
+            check_room(self.model, inputs, self.reread)
+
+    def after_attention(self, observed: ObservedCall) -> None:
+        """Lets the stages whose time has come decide about the layer that was just computed."""
+        if self.waits:
+            if not any(stage.reads_queries for stage in self.stages):
+                observed = observed.newest_column()
+            self.waiting[observed.call.layer_idx] = observed
+        else:
+            self.act(observed)
+
+    def after_forward(self, inputs: ForwardInputs) -> None:
+        """Has the context read again, and lets the stages decide with what that shows."""
+        if self.reread and self.waiting:
+            attention = read_again(self.model, inputs, self.reread)
+            for layer, observed in self.waiting.items():
+                self.act(observed, attention[layer])
+                observed.call.rows.fit()  # the second reading needed room
+        self.waiting.clear()
+        self.scratch.clear()
+        self.inputs = None
+
+    @torch.no_grad()
+    def act(self, observed: ObservedCall, reread: Tensor | None = None) -> None:
+        """Takes the decision of every stage that is due about one layer, and carries it out.
+
+        The first stage's ratio refers to all tokens seen, every further one's to what the stage before wants to be left of
+        them. So a conversation that is compressed turn by turn ends up with the same share as one that is compressed at
+        once.
+        """
+        call, rows = observed.call, observed.call.rows
+        steps = note_of(Steps, call, self.press)
+        steps.add(observed, self.num_kept_steps)
+        due = [stage for stage in self.stages if stage.schedule.should_act(observed.num_new, steps.num_single)]
+        if not due:
+            return
+        if observed.num_new == 1:
+            observed = steps.joined(observed)
+        books = _Books(call)
+        given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
+        for stage in due:
+            num_before = int(rows.lengths.sum())
+            view = self._view(stage, observed, given, reread, is_first=stage is due[0])
+            decision = stage.decide(view)
+            if decision.kept is not None:
+                rows.keep(decision.kept)
+                stage.after_keep(view, decision.kept, rows)
+                reread = None if reread is None else values_of(decision.kept, reread)
+            books.enter(stage.presses, num_before)
+            given = rows.lengths if decision.wanted is None else decision.wanted
+            for layer, kept in decision.earlier.items():
+                self._revise(stage, layer, kept)
+        if any(stage.is_bounded_in_bytes for stage in due):
+            rows.fit()
+        books.close()
+        call.notes[Steps, self.press] = Steps(seen=steps.seen)
+
+    def _revise(self, stage: Stage, layer: int, kept: Sequence[Tensor]) -> None:
+        """Takes from a layer that was decided about before."""
+        assert self.inputs is not None
+        cache = self.inputs.cache
+        rows = cache.rows(layer)
+        num_evicted = int(rows.lengths.sum()) - sum(len(row) for row in kept)
+        rows.keep(kept)
+        for press in stage.presses:
+            press.record(layer, 0, num_evicted)
+            cache.notes(layer)[Held, press] = Held(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+
+    def _view(self, stage: Stage, observed: ObservedCall, given: Tensor, reread: Tensor | None, *, is_first: bool) -> LayerView:
+        """What a stage is shown of a layer."""
+        call = observed.call
+        assert self.inputs is not None
+        real = call.real
+        if real is None:
+            real = torch.ones(observed.hidden_states.shape[:2], dtype=torch.bool, device=call.queries.device)
+        return LayerView(
+            module=call.module,
+            arguments=observed.arguments,
+            layer_idx=call.layer_idx,
+            rank=self.ranks[call.layer_idx],
+            num_layers=len(self.ranks),
+            kept=call.rows.padded(),
+            queries=call.queries,
+            hidden_states=observed.hidden_states,
+            real=real,
+            rule=call.rule,
+            logsumexp=call.logsumexp,
+            seen=torch.tensor(call.rows.seen),
+            given=given,
+            allotted=call.rows.lengths,
+            is_first_stage=is_first,
+            reserved_bytes=self.inputs.cache.reserved_nbytes,
+            reread=reread,
+            notes=call.notes,
+            scratch=self.scratch[stage],
+        )
 
 
-def view_of(observed: ObservedCall, rows: RaggedRows, given: torch.Tensor) -> LayerView:
-    """What a stage is shown of a layer."""
-    call = observed.call
-    batch, _, num_new, _ = call.queries.shape
-    real = call.real
-    if real is None:
-        real = torch.ones((batch, num_new), dtype=torch.bool, device=call.queries.device)
-    return LayerView(
-        layer_idx=call.layer_idx,
-        kept=rows.padded(),
-        queries=call.queries.detach(),
-        hidden_states=observed.hidden_states.detach(),
-        real=real,
-        scaling=call.scaling,
-        logsumexp=call.logsumexp,
-        seen=torch.tensor(rows.seen),
-        given=given,
-    )
+class _Books:
+    """What every press was given in one layer, and how much of it it evicted, entered into its statistics."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self.entered: set[BasePress] = set()
+
+    def enter(self, presses: Sequence[BasePress], num_before: int) -> None:
+        """Enters what a stage did to the rows, which held ``num_before`` tokens, for all presses that it is part of."""
+        num_evicted = num_before - int(self.call.rows.lengths.sum())
+        for press in presses:
+            held = note_of(Held, self.call, press)
+            # Of several stages of one press, the first one is given what came since the press last acted.
+            num_given = 0 if press in self.entered else num_before - held.num_tokens
+            press.record(self.call.layer_idx, num_given, num_evicted)
+            self.entered.add(press)
+
+    def close(self) -> None:
+        """Notes what the rows hold now, to tell later what came since."""
+        rows = self.call.rows
+        for press in self.entered:
+            self.call.notes[Held, press] = Held(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))

@@ -1,5 +1,8 @@
 """SnapKV: what the last queries attend to stays."""
 
+from typing_extensions import Unpack
+
+from pikv.budget.amount import Limits
 from pikv.presses.scorer import ScorerPress
 from pikv.scoring.window import WindowScorer
 
@@ -11,8 +14,6 @@ class SnapKVPress(ScorerPress):
     """
 
     def __init__(
-        self, compression_ratio: float = 0.5, *, window_size: int = 32, kernel_size: int = 5, budget: int | None = None
+        self, compression_ratio: float = 0.5, *, window_size: int = 32, kernel_size: int = 5, **limits: Unpack[Limits]
     ) -> None:
-        if window_size < 1 or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError("window_size must be at least 1, kernel_size odd and at least 1")
-        super().__init__(WindowScorer(window_size, kernel_size), compression_ratio, budget=budget)
+        super().__init__(WindowScorer(window_size, kernel_size), compression_ratio, **limits)

@@ -1,0 +1,77 @@
+"""Compression while tokens are generated."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pikv.budget.amount import Amount
+from pikv.presses.base import BasePress
+from pikv.presses.stage import ScoredStage, Stage, joined
+from pikv.presses.wrapper import WrapperPress
+from pikv.scheduling.every_tokens import EveryTokens
+
+
+class DecodingPress(WrapperPress):
+    """Lets another press cut every KV head down to ``target_size`` tokens after each ``compression_interval`` generated ones.
+
+    It does not act when a context is read, but every action cuts context and generated tokens alike; see
+    ``PrefillDecodingPress`` for the time before. Scores see the queries of the last ``buffer_size`` generated tokens. From
+    the first action on, a head holds up to ``target_size + compression_interval`` tokens, and what further turns bring
+    until the next.
+    """
+
+    def __init__(
+        self, press: BasePress, target_size: int = 2048, compression_interval: int = 512, buffer_size: int = 256
+    ) -> None:
+        super().__init__(press)
+        self.amount = Amount(tokens=target_size)
+        self.schedule = EveryTokens(compression_interval, min(buffer_size, compression_interval))
+
+    @property
+    def compression_ratio(self) -> float:
+        """The share that was removed since the last reset of the statistics."""
+        return float(self.get_stats()["compression_ratio"])
+
+    def wrap(self, stage: ScoredStage) -> ScoredStage:
+        if stage.reread:
+            raise ValueError(f"{stage.press!r} reads the context again, which it cannot while decoding")
+        return replace(stage, schedule=self.schedule, budget=stage.budget.with_amount(self.amount))
+
+    def smallest(self, num_tokens: int) -> int:
+        return num_tokens
+
+
+class PrefillDecodingPress(BasePress):
+    """One press for contexts, another while decoding."""
+
+    def __init__(self, prefilling_press: BasePress, decoding_press: DecodingPress) -> None:
+        super().__init__()
+        if not isinstance(decoding_press, DecodingPress):
+            raise ValueError(f"decoding_press must be a DecodingPress, not {decoding_press!r}")
+        self.prefilling_press = prefilling_press
+        self.decoding_press = decoding_press
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.prefilling_press.compression_ratio
+
+    def bind(self, model: Any) -> Sequence[Stage]:
+        # They never act together, so each may share out over layers.
+        parts = (self.prefilling_press, self.decoding_press)
+        return [stage for press in parts for stage in joined(press.bind(model), self)]
+
+    def smallest(self, num_tokens: int) -> int:
+        return self.prefilling_press.smallest(num_tokens)
+
+    def get_stats(self) -> dict[str, Any]:
+        """As for every press, and what each of the two says of itself."""
+        presses = {"prefilling": self.prefilling_press.get_stats(), "decoding": self.decoding_press.get_stats()}
+        return {**super().get_stats(), **presses}
+
+    def reset_stats(self) -> None:
+        super().reset_stats()
+        self.prefilling_press.reset_stats()
+        self.decoding_press.reset_stats()
+
+    def __repr__(self) -> str:
+        return f"PrefillDecodingPress({self.prefilling_press!r}, {self.decoding_press!r})"

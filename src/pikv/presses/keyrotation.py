@@ -1,0 +1,72 @@
+"""Positions without gaps: keys are turned so that the kept tokens stand side by side."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pikv.cache.notes import Gapless
+from pikv.cache.rows import RaggedRows
+from pikv.hf.rotary import Rotary
+from pikv.presses.stage import Decision, Kept, ScoredStage, Stage
+from pikv.presses.wrapper import WrapperPress
+from pikv.scoring.base import LayerView
+
+
+class KeyRerotationPress(WrapperPress):
+    """Turns the keys that another press keeps to positions without gaps, as StreamingLLM and FINCH do (arXiv 2408.00167).
+
+    The kept tokens of every row then stand right before whatever comes next, at the distances they would have if the text had
+    never held the others. ``cache.positions`` goes on telling where they came from.
+
+    Raises:
+        ValueError: when applied, if the model has no rotary position embedding, or for presses that share out over layers;
+        inside
+            the block, for a cache that another press evicted tokens from.
+    """
+
+    def bind(self, model: Any) -> list[Stage]:
+        rotary = Rotary(model)
+        stages = [self.wrap(self._scored(stage)) for stage in self.press.bind(model)]
+        for stage in stages:
+            if stage.revises_earlier_layers:
+                raise ValueError(
+                    f"{stage.press!r} shares tokens out over the layers; its keys cannot be turned one layer at a time"
+                )
+        return [_RotatingStage(**_fields_of(stage), rotary=rotary, inner=stage) for stage in stages]
+
+    def wrap(self, stage: ScoredStage) -> ScoredStage:
+        return stage
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _RotatingStage(ScoredStage):
+    rotary: Rotary
+    inner: ScoredStage
+
+    def decide(self, view: LayerView) -> Decision:
+        self._check(view)  # before anything is evicted
+        return self.inner.decide(view)
+
+    def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
+        self.inner.after_keep(view, kept, rows)
+        before, heads = view.key_positions, rows.num_kv_heads
+        for block in rows.blocks:
+            old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.rows])
+            ends = torch.tensor([int(view.seen[row // heads]) for row in block.rows], device=old.device).unsqueeze(1)
+            new = ends - block.length + torch.arange(block.length, device=old.device)
+            keys = block.keys[:, : block.length]
+            block.keys[:, : block.length] = self.rotary.rotate(keys, new - old, view.layer_idx)
+        view.notes[Gapless] = Gapless(seen=int(view.seen.sum()), lengths=rows.lengths)
+
+    def _check(self, view: LayerView) -> None:
+        has_gaps = Gapless not in view.notes and bool((view.kept.lengths != view.seen.view(-1, 1)).any())
+        if has_gaps:
+            raise ValueError(
+                "another press evicted tokens from this cache, or it comes from a file: its keys may stand with gaps"
+            )
+        _ = view.key_positions  # raises where they are not known
+
+
+def _fields_of(stage: ScoredStage) -> dict[str, Any]:
+    return {each.name: getattr(stage, each.name) for each in fields(stage)}

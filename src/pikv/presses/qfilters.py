@@ -1,0 +1,36 @@
+"""Q-Filters: keys in the direction that queries have in common stay."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from pikv.budget.amount import Limits
+from pikv.calibration.query_filters import checked_filters, find_query_filters, load_query_filters
+from pikv.presses.scorer import ScorerPress
+from pikv.scoring.query_filter import QueryFilterScorer
+
+
+class QFiltersPress(ScorerPress):
+    """Keeps tokens whose keys lie in the direction that a head's queries have in common (Q-Filters, arXiv 2503.02812).
+
+    ``filters`` are these directions, a tensor ``[num_layers, G, D]`` or a file of them; by default they are measured on the
+    model when the press is applied to it. Needs no queries while it compresses.
+
+    Raises:
+        ValueError: when applied, for filters that do not fit the model, or a file that cannot be read.
+    """
+
+    def __init__(
+        self, compression_ratio: float = 0.5, *, filters: Tensor | str | Path | None = None, **limits: Unpack[Limits]
+    ) -> None:
+        super().__init__(QueryFilterScorer(self._filters_of), compression_ratio, **limits)
+        self.filters = filters
+
+    def _filters_of(self, model: Any) -> Tensor:
+        if self.filters is None:
+            return find_query_filters(model)
+        if isinstance(self.filters, Tensor):
+            return checked_filters(self.filters, model.config)
+        return load_query_filters(self.filters, model.config)

@@ -1,0 +1,194 @@
+"""A stage: one scorer, one budget, one schedule, bound to a model; presses are made of stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pikv.budget.base import Budget, JointBudget, ScoredLayer
+from pikv.budget.select import select, values_of
+from pikv.cache.rows import RaggedRows
+from pikv.hf.reread import Reread
+from pikv.scheduling.after_prefill import AfterPrefill
+from pikv.scheduling.base import Schedule
+from pikv.scoring.base import LayerView, Scorer
+
+if TYPE_CHECKING:
+    from pikv.presses.base import BasePress
+
+Kept = Sequence[Tensor]
+"""For every row ``b * G + g`` the numbers of the tokens to keep, ascending (int64)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """Which tokens of a layer to keep; None leaves the layer as it is.
+
+    ``wanted`` ``[B, G]`` is how many tokens the rows would hold had all of the given ones been there; None: as many as they do.
+    A further stage's ratio refers to it. ``earlier`` is what to keep of layers before this one, by layer index.
+    """
+
+    kept: Kept | None
+    wanted: Tensor | None = None
+    earlier: Mapping[int, Kept] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage(ABC):
+    """How one press decides about the layers of the model that it is bound to, and when.
+
+    ``presses`` are those whose statistics it counts to: its own press, then the ones around it.
+    """
+
+    presses: tuple[BasePress, ...]
+    schedule: Schedule = field(default_factory=AfterPrefill)
+
+    @property
+    def press(self) -> BasePress:
+        """The press that it is a stage of."""
+        return self.presses[0]
+
+    @property
+    def is_bounded_in_bytes(self) -> bool:
+        """Whether room to grow counts, too."""
+        return False
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether a decision looks at queries or hidden states."""
+        return True
+
+    @property
+    def wants_logsumexp(self) -> bool:
+        return False
+
+    @property
+    def reread(self) -> Reread | None:
+        """How the context is to be read again, if the decision needs that."""
+        return None
+
+    @property
+    def revises_earlier_layers(self) -> bool:
+        return False
+
+    @abstractmethod
+    def decide(self, view: LayerView) -> Decision:
+        """Decides about one layer."""
+
+    def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:  # noqa: B027
+        """Is told when a decision was carried out: the view it was based on, what was kept, and the rows as they are now."""
+
+    @abstractmethod
+    def smallest(self, num_tokens: int) -> int:
+        """Tokens that the smallest row would keep of a context of ``num_tokens``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FreeStage(Stage):
+    """A decision in one piece, as a press of one's own takes it."""
+
+    compress: Callable[[LayerView], Kept | None]
+
+    def decide(self, view: LayerView) -> Decision:
+        return Decision(kept=self.compress(view))
+
+    def smallest(self, num_tokens: int) -> int:
+        return self.press.smallest(num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredStage(Stage):
+    """Keeps what the scorer ranks highest, as much as the budget allows.
+
+    Nothing within the ``protected`` spans ``(start, stop)`` of true positions is evicted, even where that is more.
+    """
+
+    scorer: Scorer
+    budget: Budget
+    protected: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_bounded_in_bytes(self) -> bool:
+        return self.budget.amount.max_bytes is not None
+
+    @property
+    def reads_queries(self) -> bool:
+        return self.scorer.reads_queries or self.budget.reads_queries
+
+    @property
+    def wants_logsumexp(self) -> bool:
+        return self.scorer.wants_logsumexp
+
+    @property
+    def reread(self) -> Reread | None:
+        return self.scorer.reread
+
+    @property
+    def revises_earlier_layers(self) -> bool:
+        return isinstance(self.budget, JointBudget)
+
+    def decide(self, view: LayerView) -> Decision:
+        wanted, lengths = self.budget.wanted(view), view.kept.lengths
+        if self.budget.has_room(view, wanted):
+            return Decision(kept=None, wanted=wanted)
+        view = replace(view, allotted=torch.minimum(wanted, lengths))
+        scores, num_protected = self.scorer.score(view), torch.zeros_like(lengths)
+        if self.protected:
+            protected = self._is_protected(view)
+            scores, num_protected = scores.masked_fill(protected, float("inf")), protected.sum(2).cpu()
+        if isinstance(self.budget, JointBudget):
+            return self._decide_jointly(self.budget, view, scores, wanted, num_protected)
+        counts = torch.maximum(self.budget.counts(view, scores, wanted), num_protected)
+        return Decision(kept=select(scores, counts, lengths), wanted=wanted)
+
+    def _is_protected(self, view: LayerView) -> Tensor:
+        positions = view.kept.positions
+        protected = torch.zeros_like(positions, dtype=torch.bool)
+        for start, stop in self.protected:
+            protected |= (positions >= start) & (positions < stop)
+        return protected
+
+    def _decide_jointly(
+        self, budget: JointBudget, view: LayerView, scores: Tensor, wanted: Tensor, num_protected: Tensor
+    ) -> Decision:
+        layers: list[ScoredLayer] = view.scratch.setdefault("layers", [])
+        layers.append(
+            ScoredLayer(
+                layer_idx=view.layer_idx,
+                scores=scores,
+                lengths=view.kept.lengths,
+                wanted=wanted,
+                num_protected=num_protected,
+                preference=budget.preference(view),
+            )
+        )
+        chosen: dict[int, Kept] = {}
+        for layer, shared in zip(layers, budget.share(layers, view.num_layers), strict=True):
+            counts = torch.maximum(shared, layer.num_protected)
+            if bool((counts < layer.lengths).any()):
+                chosen[layer.layer_idx] = kept = select(layer.scores, counts, layer.lengths)
+                layer.scores, layer.lengths = values_of(kept, layer.scores), counts
+        return Decision(kept=chosen.pop(view.layer_idx, None), wanted=wanted, earlier=chosen)
+
+    def smallest(self, num_tokens: int) -> int:
+        return self.budget.smallest(num_tokens)
+
+
+def joined(stages: Sequence[Stage], press: BasePress) -> list[Stage]:
+    """The stages of ``press``, a composition.
+
+    Raises:
+        ValueError: if one that revises earlier layers is not the last, since what came after it would be undone; or if more
+            than one wants the context read again.
+    """
+    if sum(stage.reread is not None for stage in stages) > 1:
+        raise ValueError("only one press of a composition can read the context again")
+    for stage in stages[:-1]:
+        if stage.revises_earlier_layers:
+            raise ValueError(f"{stage.press!r} shares tokens out over the layers and must come last in a composition")
+    return [replace(stage, presses=(*stage.presses, press)) for stage in stages]

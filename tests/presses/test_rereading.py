@@ -1,0 +1,165 @@
+"""Reading the context a second time: what it costs, what it leaves behind, and what happens when it fails."""
+
+import contextlib
+
+import pytest
+import torch
+
+import pikv
+from pikv import PiKVCache
+from pikv.presses import CAKEPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
+from pikv.scoring.reconstruction import ReconstructionScorer
+from tiny import batch_of, build
+
+
+def read(model, press, cache, length, seed=0):
+    with press(model), torch.no_grad():
+        model(batch_of([length], seed)[0], past_key_values=cache)
+    return cache
+
+
+def calls_of(model):
+    calls = []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("again", ["the same press", "an equal one"])
+def test_tokens_of_earlier_turns_keep_their_scores(llama, again):
+    press, cache = KVzipPress(0.5, prompt=""), PiKVCache(llama.config)
+    read(llama, press, cache, 60)
+    before = [set(row.tolist()) for row in cache.positions(1)[0]]
+    read(llama, press if again == "the same press" else KVzipPress(0.5, prompt=""), cache, 60, seed=1)
+    for row, earlier in zip(cache.positions(1)[0], before, strict=True):
+        first_turn = {position for position in row.tolist() if position < 60}
+        assert len(first_turn) > 8
+        assert first_turn <= earlier
+    if again == "the same press":
+        assert press.get_stats()["compression_ratio"] == pytest.approx(0.5)
+
+
+def test_generated_tokens_that_were_never_read_again_stay(llama):
+    press, cache = KVzipPress(0.5, prompt=""), PiKVCache(llama.config)
+    read(llama, press, cache, 40)
+    for token in range(4, 10):
+        llama(torch.tensor([[token]]), past_key_values=cache)
+    read(llama, press, cache, 30, seed=1)
+    assert all(set(range(40, 46)) <= set(row.tolist()) for layer in range(3) for row in cache.positions(layer)[0])
+
+
+def test_the_cache_holds_what_it_should_and_no_more(llama):
+    cache = read(llama, KVzipPress(0.5), PiKVCache(llama.config), 400)
+    compressed = read(llama, PyramidKVPress(0.5), PiKVCache(llama.config), 400)
+    assert cache.nbytes <= 1.01 * compressed.nbytes
+    assert cache.get_seq_length() == 400
+
+
+def test_nothing_is_read_again_where_nothing_has_to_go(llama):
+    calls = calls_of(llama)
+    cache = read(llama, KVzipPress(budget=100), PiKVCache(llama.config), 60)
+    read(llama, KVzipPress(0.0), cache, 20)
+    assert len(calls) == 2
+    assert cache.lengths(0).tolist() == [[80] * 4]
+
+
+@pytest.mark.parametrize("broken_layer", [0, 2])
+def test_a_second_reading_that_is_interrupted_leaves_the_context_once(llama, broken_layer):
+    cache, calls = PiKVCache(llama.config), calls_of(llama)
+
+    def interrupt(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    hook = llama.model.layers[broken_layer].mlp.register_forward_pre_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        read(llama, KVzipPress(0.5), cache, 40)
+    hook.remove()
+    cache.check_integrity()
+    assert cache.lengths(0).tolist() == cache.lengths(2).tolist() == [[40] * 4]
+    plain = PiKVCache(llama.config)
+    llama(batch_of([40])[0], past_key_values=plain)
+    token = torch.tensor([[5]])
+    assert torch.equal(llama(token, past_key_values=cache).logits, llama(token, past_key_values=plain).logits)
+
+
+def test_an_interrupted_pass_does_not_act_later(llama):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    ids = batch_of([30])[0]
+    with KVzipPress(0.5)(llama):
+        hook = llama.model.layers[1].register_forward_pre_hook(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            llama(ids)
+        hook.remove()
+        assert llama(ids, use_cache=False).past_key_values is None
+
+
+def test_a_context_that_the_model_cannot_read_twice_is_refused():
+    model = build("gpt2")
+    cache = PiKVCache(model.config)
+    with pytest.raises(ValueError, match="takes 800 positions, and the model has 512"):
+        read(model, KVzipPress(0.5), cache, 400)
+    assert cache.nbytes == 0
+    read(model, KVzipPress(0.5, chunk_size=100), cache, 400)
+    with KVzipPress(0.5)(model), pytest.raises(ValueError, match="needs its input_ids"):
+        model(inputs_embeds=torch.randn(1, 20, 64))
+
+
+def test_a_chunk_of_padding_alone(llama):
+    ids, mask = batch_of([20, 15])
+    ids, mask = (torch.cat([torch.zeros(2, 12, dtype=torch.long), each], dim=1) for each in (ids, mask))
+    cache = PiKVCache(llama.config)
+    pikv.prefill(llama, ids, cache, KVzipPress(0.5), chunk_size=12, attention_mask=mask)
+    kept = [sum(int(cache.lengths(layer)[b].sum()) for layer in range(3)) for b in range(2)]
+    assert kept == [3 * 4 * 10, 3 * 4 * 8]
+
+
+@pytest.mark.parametrize("last", [lambda: KVzipPress(budget=20), lambda: CAKEPress(budget=20, window_size=4)])
+def test_sharing_over_layers_after_a_stage_that_left_them_unequal(llama, last):
+    cache = read(llama, ComposedPress([PyramidKVPress(0.5, window_size=4), last()]), PiKVCache(llama.config), 60)
+    # The pyramid leaves 56, 30 and 4 tokens, of which 20, 20 and 4 are wanted.
+    assert sum(int(cache.lengths(layer).sum()) for layer in range(3)) == 4 * (20 + 20 + 4)
+
+
+def test_equal_shares_of_a_second_reading(llama):
+    from pikv.presses import ScorerPress
+
+    cache = read(llama, ScorerPress(ReconstructionScorer("", sink_size=2), budget=16), PiKVCache(llama.config), 60)
+    assert all(cache.lengths(layer).tolist() == [[16] * 4] for layer in range(3))
+    assert all({0, 1} <= set(row.tolist()) for row in cache.positions(0)[0])
+
+
+def test_only_one_press_can_read_again(llama):
+    with pytest.raises(ValueError, match="only one press"), ComposedPress([KVzipPress(layerwise=True), KVzipPress()])(llama):
+        pass
+
+
+def test_every_press_around_a_stage_keeps_its_books(llama):
+    from pikv.presses import AdaKVPress, DecodingPress, PrefillDecodingPress
+
+    inner = AdaKVPress(KnormPress(0.5))
+    composed = ComposedPress([inner, StreamingLLMPress(0.5)])
+    read(llama, composed, PiKVCache(llama.config), 40)
+    assert [stats["compression_ratio"] for stats in composed.get_stats()["presses"]] == [0.5, 0.5]
+    assert inner.get_stats()["press"]["compression_ratio"] == 0.5
+    both = PrefillDecodingPress(KnormPress(0.5), DecodingPress(KnormPress(), target_size=10, compression_interval=5))
+    cache = PiKVCache(llama.config)
+    read(llama, both, cache, 40)
+    with both(llama):
+        for _ in range(5):
+            llama(torch.tensor([[5]]), past_key_values=cache)
+    stats = both.get_stats()
+    assert stats["prefilling"]["compression_ratio"] == 0.5
+    assert stats["decoding"]["compression_ratio"] == pytest.approx(15 / 25)
+    assert stats["compression_ratio"] == pytest.approx(1 - 10 / 45)
+
+
+def test_statistics_survive_tokens_that_are_taken_back(llama):
+    press, cache = KnormPress(0.5), PiKVCache(llama.config)
+    read(llama, press, cache, 40)
+    for _ in range(3):
+        llama(torch.tensor([[5]]), past_key_values=cache)
+    cache.crop(-3)
+    read(llama, press, cache, 20, seed=1)
+    assert press.get_stats()["compression_ratio"] == pytest.approx(0.5)
