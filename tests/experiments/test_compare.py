@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 
 from pikv.experiments.compare import CompareConfig, compare, prepare
+from pikv.experiments.methods import parse_methods
+from pikv.experiments.ranking import rank_at_equal_bytes
+from pikv.presses import list_presses
 from pikv.report.html import write_html
 from pikv.report.table import improvements, tables
 
@@ -78,6 +81,26 @@ def test_files(comparison, tmp_path):
     for title, _, rows in tables(comparison):
         assert title in page
         assert len(rows) == 3
+
+
+def ranked(**quality):
+    """A comparison's frame with methods that hold some bytes and answer some share of the questions."""
+    columns = ("method", "quality_kv_bytes", "accuracy", "agreement")
+    rows = [dict(zip(columns, (method, *values, 0.1), strict=True)) for method, values in quality.items()]
+    return pd.DataFrame(rows).assign(num_answers=8)
+
+
+def test_methods_that_hold_the_same_are_ranked():
+    frame = ranked(none=(400, 1.0), a=(100, 0.2), b=(99, 0.9), c=(96, 0.9), d=(80, 0.5), e=(50, 0.1), f=(51, 0.3))
+    first, second = rank_at_equal_bytes(frame)
+    assert list(zip(first["method"], first["rank"], strict=True)) == [("c", 1), ("b", 1), ("a", 3)]
+    assert list(zip(second["method"], second["rank"], strict=True)) == [("f", 1), ("e", 2)]
+
+
+def test_all_stands_for_every_press():
+    methods = [method.spec for method in parse_methods("all:0.5,knorm:0.1")]
+    assert methods == ["none", *(f"{name}:0.5" for name in list_presses() if name != "none"), "knorm:0.1"]
+    assert "snapkv:0.75" in [method.spec for method in parse_methods("all")]
 
 
 def test_the_question_in_view(demo):

@@ -17,7 +17,7 @@ from pikv.experiments.defaults import DEFAULT_METHODS
 def compare_command(
     model: Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")] = "demo",
     methods: Annotated[
-        str, typer.Option(help="Presses with ratios, comma-separated; 'none', the full cache, is always there.")
+        str, typer.Option(help="Presses with ratios, comma-separated, or all:RATIO; 'none', the full cache, is always there.")
     ] = DEFAULT_METHODS,
     context_length: Annotated[int, typer.Option(help="Tokens of the contexts that quality is measured on.")] = 1024,
     long_context_length: Annotated[int, typer.Option(help="Tokens of the longest context for time and memory.")] = 16_384,
@@ -46,6 +46,8 @@ def compare_command(
       pikv compare
 
       pikv compare --methods "none,duo:0.6,snapkv:0.75" --context-length 2048
+
+      pikv compare --methods all:0.8 --long-context-length 4096
 
       pikv compare --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16 --context-length 4096
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from pikv.presses.base import BasePress
-from pikv.presses.registry import get_press
+from pikv.presses.registry import get_press, list_presses
 
 FULL = "none"
+RATIO_OF_ALL = "0.75"
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,16 @@ class Method:
 def parse_methods(text: str) -> list[Method]:
     """Reads a comma-separated list; the full cache comes first, whether it was named or not.
 
+    ``all`` stands for every press by name with the same ratio, ``all:0.5`` for them with another.
+
     Raises:
         ValueError: for an unknown press or an impossible ratio.
     """
-    specs = [FULL, *(spec.strip() for spec in text.split(",") if spec.strip())]
+    specs = [FULL]
+    for spec in (spec.strip() for spec in text.split(",")):
+        name, _, ratio = spec.partition(":")
+        specs += [f"{each}:{ratio or RATIO_OF_ALL}" for each in list_presses() if each != FULL] if name == "all" else [spec]
+    specs = [spec for spec in specs if spec]
     methods = [Method(spec) for spec in dict.fromkeys(specs)]
     for method in methods:
         method.press()

@@ -47,10 +47,11 @@ def measure_quality(run: QualityRun, method: Method, references: References, adv
             continue
         cache, _ = read(run.model, sample.context_ids, method.press())
         caches.append((cache.nbytes, cache.dense_nbytes, kept_shares(cache)))
+        compressed = cache.mark()
         for number, question in enumerate(sample.questions):
             logits = forward(run.model, question.prompt_ids, cache)[:, -1]
             answers.append(_answer(run, cache, logits, (index, number), question, references))
-            cache.crop(-len(question.prompt_ids))
+            cache.rewind(compressed)
             advance()
     nbytes, dense_nbytes, kept = zip(*caches, strict=True)
     return Quality(
@@ -64,9 +65,9 @@ def measure_quality(run: QualityRun, method: Method, references: References, adv
 
 
 def kept_shares(cache: PiKVCache) -> Tensor:
-    """The share of the tokens seen that each KV head keeps, mean over the batch, ``[num_layers, G]``."""
+    """The share of the tokens seen that each KV head keeps, mean over the batch, ``[ragged layers, G]``."""
     shares = []
-    for layer in range(len(cache.layers)):
+    for layer in cache.ragged_layers:
         seen = torch.tensor(cache.rows(layer).seen).unsqueeze(1)
         shares.append((cache.lengths(layer) / seen).mean(0))
     return torch.stack(shares)

@@ -28,19 +28,19 @@ def forward(model: Any, token_ids: Sequence[int] | Tensor, cache: PiKVCache, num
 
 def continue_greedily(model: Any, cache: PiKVCache, logits: Tensor, num_tokens: int) -> list[int]:
     """Takes the ``num_tokens`` most probable next tokens, starting from ``logits``; the cache is left as it was."""
-    before = cache.get_seq_length()
+    before = cache.mark()
     tokens = [int(logits.argmax())]
     while len(tokens) < num_tokens:
         tokens.append(int(forward(model, tokens[-1:], cache).argmax()))
-    cache.crop(before - cache.get_seq_length())
+    cache.rewind(before)
     return tokens
 
 
 def agreement(model: Any, cache: PiKVCache, logits: Tensor, reference: Sequence[int]) -> float:
     """The share of the reference's tokens that are the model's first choice too, each after the reference's own past."""
-    before = cache.get_seq_length()
+    before = cache.mark()
     choices = [int(logits.argmax())]
     if len(reference) > 1:
         choices += forward(model, reference[:-1], cache, num_logits=len(reference) - 1).argmax(-1).flatten().tolist()
-    cache.crop(before - cache.get_seq_length())
+    cache.rewind(before)
     return sum(choice == token for choice, token in zip(choices, reference, strict=True)) / len(reference)

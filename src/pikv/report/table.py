@@ -7,6 +7,7 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pikv.experiments.ranking import rank_at_equal_bytes
 from pikv.experiments.results import Comparison
 
 Column = tuple[str, Callable[[pd.Series], str]]
@@ -36,6 +37,8 @@ QUALITY_COLUMNS: list[Column] = [
     ("agrees", lambda row: percent(row["agreement"])),
 ]
 
+RANKING_COLUMNS: list[Column] = [("rank", lambda row: str(row["rank"])), *QUALITY_COLUMNS]
+
 SPEED_COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
     ("KV", lambda row: mebibytes(row["kv_bytes_compressed"])),
@@ -56,6 +59,12 @@ def quality_title(comparison: Comparison) -> str:
     return f"Quality at {length:,} tokens, compressed {known}"
 
 
+def ranking_title(group: pd.DataFrame) -> str:
+    """Says what the methods of a ranking have in common."""
+    low, high = group["quality_kv_removed"].min(), group["quality_kv_removed"].max()
+    return f"Ranking at equal bytes: {percent(low, 0)} to {percent(high, 0)} of the bytes removed"
+
+
 def speed_title(num_tokens: int, quality_length: int) -> str:
     """Keeps lengths at which quality was measured apart from those at which it was not."""
     note = "" if num_tokens == quality_length else "; quality is not measured here"
@@ -63,10 +72,12 @@ def speed_title(num_tokens: int, quality_length: int) -> str:
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """All tables as title, header and cells: first quality, then time and memory by context length."""
+    """All tables as title, header and cells: quality, rankings at equal bytes, then time and memory by context length."""
     frame = comparison.frame()
     quality_length = comparison.quality[0].num_tokens
     kinds = [(quality_title(comparison), QUALITY_COLUMNS, frame[frame["num_answers"] > 0])]
+    for group in rank_at_equal_bytes(frame):
+        kinds.append((ranking_title(group), RANKING_COLUMNS, group))
     for length, rows in frame.groupby("num_tokens", sort=True):
         kinds.append((speed_title(int(str(length)), quality_length), SPEED_COLUMNS, rows))
     return [
