@@ -3,14 +3,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+KVPRESS := .venv-kvpress
 
-.PHONY: compare test lint types bench docs clean
+.PHONY: compare test test-kvpress models lint types bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/pikv compare
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
+
+# The README's table of models, from the matrix of tests.
+models: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m pytest -n logical -p models_table tests/presses/test_matrix.py
+
+# Against kvpress, which has our oldest transformers: its presses on our cache, its choices and ours, and exactness there.
+test-kvpress: $(KVPRESS)/.installed
+	$(KVPRESS)/bin/python -m pytest -n logical tests/interop tests/hf tests/presses
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,11 +36,18 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(KVPRESS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and by its exact version: it decides which build (CPU or CUDA) the rest is resolved against.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(KVPRESS)/.installed: pyproject.toml constraints.txt
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(KVPRESS)/bin/pip install --quiet --disable-pip-version-check --editable ".[kvpress]" \
+		$$(grep -E '^(torch|pytest|pytest-xdist|hypothesis)==' constraints.txt)
 	touch $@

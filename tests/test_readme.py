@@ -1,14 +1,27 @@
-"""The README's example does what the README says."""
+"""What the README shows is so."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from models_table import BEGIN, END, NAMES
+from tiny import FAMILIES, REFUSED
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_prints_what_stands_below_it():
-    code, printed = re.search(r"```python\n(.*?)```\n\nIt prints:\n\n```\n(.*?)```", README.read_text(), re.DOTALL).groups()
+def test_the_examples_print_what_stands_below_them():
+    examples = re.findall(r"```python\n(.*?)```\n\nIt prints:\n\n```\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == README.count("```python")
+    code = "\n".join(code for code, _ in examples)  # a later one goes on where the one before ended
+    printed = "".join(printed for _, printed in examples)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [line.rstrip() for line in done.stdout.splitlines()] == [line.rstrip() for line in printed.splitlines()]
+
+
+def test_the_table_of_models_names_every_family():
+    table = README.partition(BEGIN)[2].partition(END)[0]
+    assert "FAIL" not in table
+    listed = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert listed == [NAMES[family] for family in [*FAMILIES, *REFUSED]]
