@@ -98,7 +98,7 @@ def test_a_file_is_whole_or_not_there(llama, tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("pikv.calibration.query_filters.save_file", broken)
+    monkeypatch.setattr("pikv.hf.files.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_query_filters(path, torch.rand(3, 4, 16), llama.config)
     assert list(tmp_path.iterdir()) == []

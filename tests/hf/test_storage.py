@@ -15,7 +15,6 @@ from transformers import LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pikv import PiKVCache
-from pikv.hf import storage
 from pikv.hf.identity import check_same_model, facts_of
 from pikv.hf.layers import PiKVLayer
 from pikv.hf.step import Step
@@ -302,7 +301,7 @@ def test_a_failed_save_leaves_what_was_there(llama, tmp_path, monkeypatch, broke
             args[1].write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr(*((storage, "save_file", fail) if broken == "save_file" else (storage.Path, "replace", fail)))
+    monkeypatch.setattr("pikv.hf.files.save_file" if broken == "save_file" else "pikv.hf.files.Path.replace", fail)
     with pytest.raises((ValueError, KeyboardInterrupt)):
         read(llama, [30]).save(path)
     assert path.read_bytes() == before

@@ -58,7 +58,7 @@ def list_presses() -> list[str]:
 
 def describe_press(name: str) -> str:
     """The first sentence of a press's documentation."""
-    return (press_class(name).__doc__ or "").strip().split("\n")[0]
+    return (press_class(name).__doc__ or "").strip().split("\n")[0].replace("``", "")
 
 
 def get_press(spec: str, **options: Any) -> BasePress:
