@@ -133,6 +133,14 @@ def test_turned_keys_stand_as_in_a_text_without_the_others(family):
     assert (model(token, past_key_values=untouched).logits - expected).abs().max() > 1e-3
 
 
+def test_what_stands_around_a_rotation_is_heeded(llama):
+    found = kept_after(llama, ProtectedPress(KeyRerotationPress(KnormPress(0.75)), [(2, 5)]))
+    assert all({2, 3, 4} <= set(row) for layer in found for row in layer[0])
+    found = kept_after(llama, AdaKVPress(KeyRerotationPress(SnapKVPress(0.5, window_size=4))))
+    assert found == kept_after(llama, KeyRerotationPress(AdaKVPress(SnapKVPress(0.5, window_size=4))))
+    assert len({len(row) for layer in found for row in layer[0]}) > 1
+
+
 def test_keys_with_gaps_cannot_be_turned(llama):
     cache = PiKVCache(llama.config)
     with KnormPress(0.5)(llama):

@@ -41,12 +41,14 @@ class KeyRerotationPress(WrapperPress):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _RotatingStage(ScoredStage):
+    """A stage that turns keys; ``inner``, which it was made from, is told what was kept as it would be alone."""
+
     rotary: Rotary
     inner: ScoredStage
 
     def decide(self, view: LayerView) -> Decision:
         self._check(view)  # before anything is evicted
-        return self.inner.decide(view)
+        return super().decide(view)
 
     def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
         self.inner.after_keep(view, kept, rows)
