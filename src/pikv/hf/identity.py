@@ -18,8 +18,8 @@ _IMMATERIAL = re.compile(
 
 def facts_of(config: Any) -> Facts:
     """What decides over the keys of a model's decoder: its configuration without what is immaterial, as JSON has it."""
-    facts = _material(config.get_text_config(decoder=True).to_dict())
-    return json.loads(json.dumps(facts, default=str))  # type: ignore[no-any-return]
+    facts: Facts = json.loads(json.dumps(_material(config.get_text_config(decoder=True).to_dict()), default=str))
+    return facts
 
 
 def check_same_model(made_for: Facts, facts: Facts) -> None:

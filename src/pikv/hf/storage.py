@@ -103,7 +103,8 @@ def _read_contents(metadata: dict[str, str]) -> State:
     contents = metadata.get("contents", "")
     if metadata.get("checksum") != _checksum(contents.encode()):
         raise ValueError("it is damaged: the description of its contents does not match its checksum")
-    return json.loads(contents)  # type: ignore[no-any-return]
+    state: State = json.loads(contents)
+    return state
 
 
 def _read_tensors(file: Any, described: dict[str, State]) -> Tensors:
