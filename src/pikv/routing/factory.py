@@ -3,10 +3,29 @@
 from difflib import get_close_matches
 from typing import Any
 
+from pikv.routing.adaptive import AdaptiveRouter
 from pikv.routing.base import MoERouter
 from pikv.routing.eplb import EPLBRouter
+from pikv.routing.fast import FastRouter
+from pikv.routing.flex import FlexRouter
+from pikv.routing.hierarchical import HierarchicalRouter
+from pikv.routing.mixture import MixtureRouter
+from pikv.routing.pikv import PiKVRouter
+from pikv.routing.time import TimeRouter
+from pikv.routing.topk_balanced import TopKBalancedRouter
 
-ROUTERS: dict[str, type[MoERouter]] = {"eplb": EPLBRouter}
+ROUTERS: dict[str, type[MoERouter]] = {
+    "base": MoERouter,
+    "topk_balanced": TopKBalancedRouter,
+    "adaptive": AdaptiveRouter,
+    "pikv": PiKVRouter,
+    "eplb": EPLBRouter,
+    "hierarchical": HierarchicalRouter,
+    "flex": FlexRouter,
+    "time": TimeRouter,
+    "fast": FastRouter,
+    "mixture": MixtureRouter,
+}
 
 
 def router_class(kind: str) -> type[MoERouter]:
@@ -23,9 +42,10 @@ def router_class(kind: str) -> type[MoERouter]:
 
 
 def create_moe_router(kind: str, hidden_size: int, num_experts: int = 4, top_k: int = 2, **options: Any) -> MoERouter:
-    """Builds a router that has learned nothing yet.
+    """Builds a router that has learned nothing yet, in training mode as any new module.
 
     Raises:
-        ValueError: for an unknown name, and for ``top_k`` beyond ``num_experts``.
+        TypeError: for an option that the kind does not have.
+        ValueError: for an unknown name, and for options out of range.
     """
     return router_class(kind)(hidden_size, num_experts, top_k, **options)
