@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pikv.calibration.heads import find_retrieval_heads, load_head_scores, save_head_scores
+from pikv.calibration.heads import find_retrieval_heads, judge_heads, load_head_scores, save_head_scores
 from tiny import build
 
 
@@ -40,3 +40,55 @@ def test_files_that_do_not_fit(llama, tmp_path):
     save_head_scores(path, torch.rand(3, 4), build("qwen3").config)
     with pytest.raises(ValueError, match="for qwen3; this llama"):
         load_head_scores(path, llama.config)
+
+
+def test_heads_that_separate():
+    scores = torch.full((4, 8), 0.02)
+    scores[1, 3], scores[2, 5], scores[3, 0] = 0.9, 0.7, 0.8
+    verdict = judge_heads(scores)
+    assert verdict.separates
+    assert verdict.num_retrieving == 3
+    assert verdict.threshold == pytest.approx((0.02 + 0.7) / 2)
+    assert verdict.explained > 0.95
+    assert verdict.message == "3 of 32 KV heads put 80% of their attention on the answer, the others 2%"
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.linspace(0, 1, 32).view(4, 8),  # no gap anywhere: two halves of a ramp explain three quarters
+        torch.tensor([[0.001, 0.001, 0.001, 0.15]]),  # a gap, but even the best look elsewhere
+        torch.rand(4, 8, generator=torch.Generator().manual_seed(0)),
+    ],
+    ids=["ramp", "weak", "random"],
+)
+def test_heads_that_do_not_separate(scores):
+    verdict = judge_heads(scores)
+    assert not verdict.separates
+    assert 0 < verdict.num_retrieving < scores.numel()
+    assert "does not separate them" in verdict.message
+
+
+@pytest.mark.parametrize("scores", [torch.full((3, 4), 0.7), torch.zeros(3, 4), torch.rand(1, 1)], ids=["alike", "zero", "one"])
+def test_heads_that_are_all_alike(scores):
+    verdict = judge_heads(scores)
+    assert (verdict.separates, verdict.num_retrieving, verdict.explained) == (False, 0, 0.0)
+    assert verdict.message == "all heads score alike: none stands out"
+    assert not bool((scores > verdict.threshold).any())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_threshold_is_the_best_there_is(seed):
+    """Against every other cut, by brute force."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(3, 4, generator=generator, dtype=torch.float64) ** 3
+    ranked = scores.flatten().sort().values
+
+    def within(cut):
+        return sum(float((part - part.mean()).square().sum()) for part in (ranked[:cut], ranked[cut:]))
+
+    best = min(range(1, 12), key=within)
+    verdict = judge_heads(scores)
+    assert verdict.num_retrieving == 12 - best == int((scores > verdict.threshold).sum())
+    total = float((ranked - ranked.mean()).square().sum())
+    assert verdict.explained == pytest.approx(1 - within(best) / total)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from calibrated import RandomHeadBudgets, RandomlyCalibrated
 from pikv.presses import (
     AdaKVPress,
     CAKEPress,
@@ -57,6 +58,10 @@ PRESSES = {
     "duo": lambda: DuoAttentionPress(0.5, sink_size=2, recent_size=6),
     "duo-heads": lambda: DuoAttentionPress(head_compression_ratio=0.75, sink_size=0, recent_size=5),
     "eplb": lambda: MoERouterPress(0.4, router_type="eplb"),
+    "pikv": lambda: MoERouterPress(0.5, calibration=None),
+    "eplb-calibrated": lambda: RandomlyCalibrated(0.6, router_type="eplb", recent_size=4),
+    "pikv-calibrated": lambda: RandomlyCalibrated(0.4, router_type="pikv", recent_size=4),
+    "headwise": lambda: RandomHeadBudgets(SnapKVPress(0.5, window_size=4), recent_size=4),
     "eplb+duo": lambda: ComposedPress(
         [MoERouterPress(0.35, router_type="eplb"), DuoAttentionPress(0.15, sink_size=2, recent_size=6)]
     ),

@@ -6,10 +6,11 @@ from cases import PRESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibrated import RandomlyCalibrated
 from pikv import PiKVCache
 from pikv.budget.amount import Amount
 from pikv.budget.uniform import UniformBudget
-from pikv.presses import AdaKVPress, ProtectedPress, ScorerPress
+from pikv.presses import AdaKVPress, HeadBudgetPress, ProtectedPress, ScorerPress
 from pikv.presses.wrapper import WrapperPress
 from tiny import batch_of, build
 
@@ -21,7 +22,7 @@ def with_uniform_budget():
     cases = []
     for name, make in PRESSES.items():
         press = make()
-        if isinstance(press, AdaKVPress | ProtectedPress):
+        if isinstance(press, AdaKVPress | ProtectedPress | HeadBudgetPress | RandomlyCalibrated):
             continue
         inner = press.press if isinstance(press, WrapperPress) else press
         if isinstance(inner, ScorerPress) and isinstance(inner.budget, UniformBudget):
@@ -29,7 +30,7 @@ def with_uniform_budget():
     return cases
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @pytest.mark.parametrize("make", with_uniform_budget())
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(turns=st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=2), min_size=1, max_size=2), data=st.data())

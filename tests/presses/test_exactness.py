@@ -10,7 +10,7 @@ from tiny import batch_of
 LENGTHS = [[65], [64, 33, 47]]
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @every_press
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_decoding_matches_the_oracle(model, press, lengths):
@@ -24,20 +24,20 @@ def model_heads(model):
     return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @every_press
 def test_several_turns_match_the_oracle(model, press):
     turns = [batch_of([65, 40, 52]), batch_of([7, 9, 2], seed=1), batch_of([33, 31, 33], seed=2)]
     assert_matches_oracle(model, press(), turns, steps=4)
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @every_press
 def test_a_sequence_in_a_batch_is_what_it_is_alone(model, press):
     assert_batch_equals_alone(model, press, [64, 33, 47])
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @every_press
 def test_the_demo_model_matches_the_oracle(demo, press):
     model, tokenizer = demo

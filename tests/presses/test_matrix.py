@@ -32,7 +32,7 @@ def conversation():
     return [batch_of([33, 20, 27]), batch_of([24, 30, 9], seed=1)]
 
 
-@pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @pytest.mark.parametrize("press", PRESSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,16 +1,17 @@
 """What holds for every press, whatever the input."""
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
 
+from calibrated import random_calibration
 from pikv import PiKVCache, get_press, list_presses
 from pikv.presses import ComposedPress
+from pikv.routing import use_calibration
 from tiny import batch_of, build
 
-pytestmark = pytest.mark.filterwarnings("ignore:the EPLBRouter is not calibrated")
 MODEL = build("llama")
+use_calibration(MODEL, random_calibration(MODEL))
 # CAKE and KVzip share out over layers and must come last in a composition.
 FIRST = [name for name in list_presses() if name not in ("none", "cake", "kvzip")]
 LAST = [name for name in list_presses() if name != "none"]

@@ -11,9 +11,10 @@ from pikv.hf.reread import Reread
 from pikv.hf.support import attention_modules
 from pikv.scoring.base import Scorer
 from pikv.scoring.by_chunk import ByChunkScorer
-from pikv.scoring.critical import CriticalScorer, projected_norms
+from pikv.scoring.critical import CriticalScorer
 from pikv.scoring.key_norm import KeyNormScorer
 from pikv.scoring.observed import ObservedAttentionScorer
+from pikv.scoring.output import output_norms
 from pikv.scoring.whole_chunks import WholeChunksScorer
 from pikv.scoring.window import WindowScorer
 from tiny import FAMILIES, build
@@ -129,7 +130,7 @@ def test_the_output_projection_of_every_family_is_found(family):
             attended = torch.zeros(config.num_attention_heads * dim)
             attended[head * dim : (head + 1) * dim] = values[1, 0, 3]
             expected += float((layer(attended) - layer(torch.zeros_like(attended))).abs().sum()) / group
-    assert projected_norms(view)[1, 0, 3] == pytest.approx(expected, rel=1e-3)
+    assert output_norms(view).mean(2)[1, 0, 3] == pytest.approx(expected, rel=1e-3)
 
 
 def chunk_order(view, b, given, length):

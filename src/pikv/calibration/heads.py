@@ -7,6 +7,7 @@ other all score high, which taking heads away one by one would miss.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,9 @@ from pikv.tasks.retrieval import make_retrieval
 _NUM_SAMPLES = 3
 _NUM_RECORDS = 16
 _NUM_WORDS = 512
+_LONGEST = 1 << 20
+_LEAST_EXPLAINED = 0.8
+_LEAST_ATTENTION = 0.2
 
 _found: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
 
@@ -44,19 +48,72 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
         return known[seed]
     texts = tokenizer or tokenizer_of(model)
     rng = random.Random(seed)
-    samples = [_random_sample(rng, model) if texts is None else _text_sample(rng, texts) for _ in range(_NUM_SAMPLES)]
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST
+    samples = [
+        _random_sample(rng, model, limit) if texts is None else _text_sample(rng, texts, limit) for _ in range(_NUM_SAMPLES)
+    ]
     scores = torch.stack([_measure(model, *sample) for sample in samples]).mean(0)
     known[seed] = scores
     return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadVerdict:
+    """Whether a model's heads fall into ones that retrieve and others: how many do, what separates them, and one sentence."""
+
+    separates: bool
+    num_retrieving: int
+    threshold: float
+    explained: float
+    message: str
+
+
+def judge_heads(scores: Tensor) -> HeadVerdict:
+    """Splits heads into two groups by their scores ``[num_layers, G]``, and says whether that means anything.
+
+    The threshold leaves the least variance within the groups (Otsu's method). Heads separate if the groups explain at least
+    80% of the variance and the upper one puts a fifth of its attention, on average, where the answer is.
+    """
+    ranked = scores.flatten().double().sort().values
+    if len(ranked) < 2 or float(ranked[-1] - ranked[0]) < 1e-6:
+        return HeadVerdict(
+            separates=False, num_retrieving=0, threshold=1.0, explained=0.0, message="all heads score alike: none stands out"
+        )
+    sizes = torch.arange(1, len(ranked), dtype=torch.float64)
+    below = ranked.cumsum(0)[:-1] / sizes
+    above = (ranked.sum() - ranked.cumsum(0)[:-1]) / (len(ranked) - sizes)
+    between = sizes * (len(ranked) - sizes) / len(ranked) ** 2 * (above - below).square()
+    cut = int(between.argmax())
+    explained = float(between[cut] / ranked.var(correction=0))
+    num_retrieving, attention = len(ranked) - cut - 1, float(above[cut])
+    found = f"{num_retrieving} of {len(ranked)} KV heads put {attention:.0%} of their attention on the answer, the others"
+    found += f" {float(below[cut]):.0%}"
+    separates = explained >= _LEAST_EXPLAINED and attention >= _LEAST_ATTENTION
+    if not separates:
+        found += "; that does not separate them, so DuoAttention would choose its streaming heads by little more than chance"
+    threshold = float(ranked[cut] + ranked[cut + 1]) / 2
+    return HeadVerdict(
+        separates=separates, num_retrieving=num_retrieving, threshold=threshold, explained=explained, message=found
+    )
 
 
 Probe = tuple[int, int, int]
 """A query's token number, and where the tokens that it should attend to begin and end."""
 
 
-def _text_sample(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[Probe]]:
-    """A retrieval text with all its questions answered; probes are the tokens before each answer token."""
-    sample = make_retrieval(rng, num_words=_NUM_WORDS, num_records=_NUM_RECORDS)
+def _text_sample(rng: random.Random, tokenizer: Any, limit: int) -> tuple[list[int], list[Probe]]:
+    """A retrieval text of at most ``limit`` tokens with all its questions answered; probes are the tokens before each answer
+    token."""
+    share = 1
+    while True:
+        ids, probes = _retrieval(rng, tokenizer, _NUM_WORDS // share, max(1, _NUM_RECORDS // share))
+        if len(ids) <= limit or share >= _NUM_RECORDS:
+            return ids, probes
+        share *= 2
+
+
+def _retrieval(rng: random.Random, tokenizer: Any, num_words: int, num_records: int) -> tuple[list[int], list[Probe]]:
+    sample = make_retrieval(rng, num_words=num_words, num_records=num_records)
     text, places = sample.context, []
     for question in sample.questions:
         text += f" {question.prompt}"
@@ -76,9 +133,10 @@ def _text_sample(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[Pr
     return encoded["input_ids"], probes
 
 
-def _random_sample(rng: random.Random, model: Any) -> tuple[list[int], list[Probe]]:
+def _random_sample(rng: random.Random, model: Any, limit: int) -> tuple[list[int], list[Probe]]:
     """Random tokens, twice; a query of the second half should attend to what followed its token in the first."""
-    half = rng.choices(range(model.config.get_text_config(decoder=True).vocab_size), k=_NUM_WORDS // 4)
+    vocabulary = range(model.config.get_text_config(decoder=True).vocab_size)
+    half = rng.choices(vocabulary, k=min(_NUM_WORDS // 4, limit // 2))
     probes = [(len(half) + index, index + 1, index + 2) for index in range(len(half) - 1)]
     return half + half, probes
 

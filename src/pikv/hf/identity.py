@@ -5,7 +5,11 @@ import re
 import reprlib
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
+
+from pikv.hf.support import attention_modules
 
 Facts = dict[str, Any]
 
@@ -42,3 +46,33 @@ def _material(entries: Facts) -> Facts:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else reprlib.repr(value)
+
+
+_ENTRIES = 64
+_TOLERANCE = 2e-2
+
+
+def fingerprint(model: Any) -> Tensor:
+    """Entries of the input embeddings and of the first, middle and last attention module, evenly spaced (float32, CPU).
+
+    They are the same in every precision, or nearly.
+    """
+    modules = list(attention_modules(model).values())
+    chosen = [model.get_input_embeddings(), modules[0], modules[len(modules) // 2], modules[-1]]
+    weights = [next((each for each in module.parameters() if each.is_floating_point()), None) for module in chosen]
+    return torch.cat([_spread(weight.detach()) for weight in weights if weight is not None])
+
+
+def _spread(weight: Tensor) -> Tensor:
+    places = torch.linspace(0, weight.numel() - 1, _ENTRIES, dtype=torch.float64).long()
+    return weight.flatten()[places.to(weight.device)].float().cpu()
+
+
+def is_same_fingerprint(one: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints differ by no more than rounding, or a light fine-tuning, explains, in every part."""
+    if one.shape != other.shape:
+        return False
+    parts, other_parts = one.split(_ENTRIES), other.split(_ENTRIES)
+    return all(
+        bool((part - theirs).norm() <= _TOLERANCE * part.norm()) for part, theirs in zip(parts, other_parts, strict=True)
+    )

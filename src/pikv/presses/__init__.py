@@ -11,6 +11,7 @@ from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
 from pikv.presses.duo import DuoAttentionPress
 from pikv.presses.expected import ExpectedAttentionPress
 from pikv.presses.h2o import H2OPress
+from pikv.presses.headwise import HeadBudgetPress
 from pikv.presses.keydiff import KeyDiffPress
 from pikv.presses.keyrotation import KeyRerotationPress
 from pikv.presses.knorm import KnormPress
@@ -43,6 +44,7 @@ __all__ = [
     "DuoAttentionPress",
     "ExpectedAttentionPress",
     "H2OPress",
+    "HeadBudgetPress",
     "KVzipPress",
     "KeyDiffPress",
     "KeyRerotationPress",

@@ -1,6 +1,7 @@
 """AdaKV: heads with more to keep get more."""
 
 from dataclasses import replace
+from typing import Any
 
 from pikv.budget.adaptive import AdaptiveHeadBudget
 from pikv.presses.base import BasePress
@@ -20,5 +21,5 @@ class AdaKVPress(WrapperPress):
             raise ValueError(f"alpha_safeguard must lie between 0 and 1, not {alpha_safeguard!r}")
         self.alpha_safeguard = alpha_safeguard
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, budget=AdaptiveHeadBudget(stage.budget, self.alpha_safeguard))

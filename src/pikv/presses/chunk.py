@@ -1,6 +1,7 @@
 """Every chunk of the context is compressed on its own."""
 
 from dataclasses import replace
+from typing import Any
 
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage
@@ -20,5 +21,5 @@ class ChunkPress(WrapperPress):
             raise ValueError("chunk_length must be at least 1")
         self.chunk_length = chunk_length
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, scorer=ByChunkScorer(stage.scorer, self.chunk_length))

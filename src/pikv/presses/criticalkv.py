@@ -1,6 +1,7 @@
 """CriticalKV: what changes the output of attention most stays."""
 
 from dataclasses import replace
+from typing import Any
 
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage
@@ -24,5 +25,5 @@ class CriticalKVPress(WrapperPress):
         self.epsilon = epsilon
         self.first_stage_ratio = first_stage_ratio
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, scorer=CriticalScorer(stage.scorer, self.epsilon, self.first_stage_ratio))

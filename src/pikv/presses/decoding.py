@@ -17,7 +17,7 @@ class DecodingPress(WrapperPress):
     It does not act when a context is read, but every action cuts context and generated tokens alike; see
     ``PrefillDecodingPress`` for the time before. Scores see the queries of the last ``buffer_size`` generated tokens. From
     the first action on, a head holds up to ``target_size + compression_interval`` tokens, and what further turns bring
-    until the next.
+    until the next. Where a press gives heads budgets of their own, all that is said of a head holds for the mean.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class DecodingPress(WrapperPress):
         """The share that was removed since the last reset of the statistics."""
         return float(self.get_stats()["compression_ratio"])
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         if stage.reread:
             raise ValueError(f"{stage.press!r} reads the context again, which it cannot while decoding")
         return replace(stage, schedule=self.schedule, budget=stage.budget.with_amount(self.amount))

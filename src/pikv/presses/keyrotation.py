@@ -27,7 +27,7 @@ class KeyRerotationPress(WrapperPress):
 
     def bind(self, model: Any) -> list[Stage]:
         rotary = Rotary(model)
-        stages = [self.wrap(self._scored(stage)) for stage in self.press.bind(model)]
+        stages = [self.wrap(self._scored(stage), model) for stage in self.press.bind(model)]
         for stage in stages:
             if stage.revises_earlier_layers:
                 raise ValueError(
@@ -35,7 +35,7 @@ class KeyRerotationPress(WrapperPress):
                 )
         return [_RotatingStage(**_fields_of(stage), rotary=rotary, inner=stage) for stage in stages]
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return stage
 
 

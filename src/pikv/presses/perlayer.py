@@ -31,7 +31,7 @@ class PerLayerPress(WrapperPress):
             raise ValueError(f"{len(self.budget.ratios)} ratios for {num_layers} layers")
         return super().bind(model)
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, budget=self.budget)
 
     def smallest(self, num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage
@@ -22,5 +23,5 @@ class ProtectedPress(WrapperPress):
             if not 0 <= start < stop:
                 raise ValueError(f"a span needs 0 <= start < stop, not ({start}, {stop})")
 
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, protected=stage.protected + self.spans)

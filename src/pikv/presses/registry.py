@@ -45,7 +45,11 @@ _PRESSES = {
     "chunkkv": _Entry("chunkkv", "ChunkKVPress", wraps="snapkv"),
     "criticalkv": _Entry("criticalkv", "CriticalKVPress", wraps="snapkv"),
     "keyrotation": _Entry("keyrotation", "KeyRerotationPress", wraps="snapkv"),
-    "eplb": _Entry("moe", "MoERouterPress", {"router_type": "eplb"}),
+    "headwise": _Entry("headwise", "HeadBudgetPress", wraps="snapkv"),
+    **{
+        kind: _Entry("moe", "MoERouterPress", {"router_type": kind})
+        for kind in ("base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical")
+    },
 }
 
 _KVPRESS = "kvpress."  # what names of presses of the kvpress library begin with

@@ -16,6 +16,7 @@ from pikv.hf.reread import check_room, read_again
 from pikv.hf.support import check_supported, ragged_layers
 from pikv.presses.steps import Held, Steps, note_of
 from pikv.scoring.base import LayerView
+from pikv.scoring.views import view_of
 
 if TYPE_CHECKING:
     from pikv.presses.base import BasePress
@@ -101,12 +102,15 @@ class Session:
         steps = note_of(Steps, call, self.press)
         steps.add(observed, self.num_kept_steps)
         due = [stage for stage in self.stages if stage.schedule.should_act(observed.num_new, steps.num_single)]
+        given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
+        for stage in self.stages:
+            if stage.watches and stage not in due and observed.num_new > 1:
+                stage.watch(self._view(stage, observed, given, reread, is_first=not due))
         if not due:
             return
         if observed.num_new == 1:
             observed = steps.joined(observed)
         books = _Books(call)
-        given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
         for stage in due:
             num_before = int(rows.lengths.sum())
             view = self._view(stage, observed, given, reread, is_first=stage is due[0])
@@ -137,30 +141,15 @@ class Session:
 
     def _view(self, stage: Stage, observed: ObservedCall, given: Tensor, reread: Tensor | None, *, is_first: bool) -> LayerView:
         """What a stage is shown of a layer."""
-        call = observed.call
         assert self.inputs is not None
-        real = call.real
-        if real is None:
-            real = torch.ones(observed.hidden_states.shape[:2], dtype=torch.bool, device=call.queries.device)
-        return LayerView(
-            module=call.module,
-            arguments=observed.arguments,
-            layer_idx=call.layer_idx,
-            rank=self.ranks[call.layer_idx],
+        return view_of(
+            observed,
+            rank=self.ranks[observed.call.layer_idx],
             num_layers=len(self.ranks),
-            kept=call.rows.padded(),
-            queries=call.queries,
-            hidden_states=observed.hidden_states,
-            real=real,
-            rule=call.rule,
-            logsumexp=call.logsumexp,
-            seen=torch.tensor(call.rows.seen),
             given=given,
-            allotted=call.rows.lengths,
             is_first_stage=is_first,
             reserved_bytes=self.inputs.cache.reserved_nbytes,
             reread=reread,
-            notes=call.notes,
             scratch=self.scratch[stage],
         )
 

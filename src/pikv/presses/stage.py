@@ -76,6 +76,14 @@ class Stage(ABC):
     def revises_earlier_layers(self) -> bool:
         return False
 
+    @property
+    def watches(self) -> bool:
+        """Whether it wants to see contexts that are read when it is not its time to decide."""
+        return False
+
+    def watch(self, view: LayerView) -> None:  # noqa: B027
+        """Is shown a layer of such a context, if it ``watches``."""
+
     @abstractmethod
     def decide(self, view: LayerView) -> Decision:
         """Decides about one layer."""
@@ -132,9 +140,18 @@ class ScoredStage(Stage):
     def revises_earlier_layers(self) -> bool:
         return isinstance(self.budget, JointBudget)
 
+    @property
+    def watches(self) -> bool:
+        return self.scorer.watches
+
+    def watch(self, view: LayerView) -> None:
+        if self.scorer.watches:
+            self.scorer.watch(view)
+
     def decide(self, view: LayerView) -> Decision:
         wanted, lengths = self.budget.wanted(view), view.kept.lengths
         if self.budget.has_room(view, wanted):
+            self.watch(view)
             return Decision(kept=None, wanted=wanted)
         view = replace(view, allotted=torch.minimum(wanted, lengths))
         scores, num_protected = self.scorer.score(view), torch.zeros_like(lengths)

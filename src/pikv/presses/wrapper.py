@@ -27,11 +27,11 @@ class WrapperPress(BasePress):
         return self.press.compression_ratio
 
     @abstractmethod
-    def wrap(self, stage: ScoredStage) -> ScoredStage:
-        """The changed stage."""
+    def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
+        """The changed stage, for one model."""
 
     def bind(self, model: Any) -> Sequence[Stage]:
-        return [self.wrap(self._scored(stage)) for stage in self.press.bind(model)]
+        return [self.wrap(self._scored(stage), model) for stage in self.press.bind(model)]
 
     def _scored(self, stage: Stage) -> ScoredStage:
         """The stage as one of this press too."""

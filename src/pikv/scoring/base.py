@@ -91,6 +91,9 @@ class Scorer(ABC):
     reads_queries = True
     """Whether it looks at queries or hidden states; if not, a decision that has to wait need not hold on to them."""
 
+    watches = False
+    """Whether it wants to see what was read also where nothing has to be decided yet, to take notes for later."""
+
     reread: Reread | None = None
     """How to read the context a second time, so that views tell how much attention that paid to each token."""
 
@@ -101,6 +104,9 @@ class Scorer(ABC):
             ValueError: if it cannot work on this model.
         """
         return self
+
+    def watch(self, view: LayerView) -> None:  # noqa: B027
+        """Is shown, if it ``watches``, a layer of which nothing is evicted now; may note what later scores need."""
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:

@@ -1,5 +1,6 @@
 """Every chunk on its own (as in FINCH, arXiv 2408.00167)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,13 +37,21 @@ class ByChunkScorer(WrappingScorer):
     def score(self, view: LayerView) -> Tensor:
         batch, heads, longest = view.kept.positions.shape
         scores = torch.zeros((batch, heads, longest + 1), device=view.kept.keys.device)
-        notes = view.notes.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
-        assert isinstance(notes, _ChunkNotes)
-        notes.seen = int(view.seen.sum())
-        for start, chunk, slots in chunk_views(view, self.chunk_length):
-            chunk = replace(chunk, notes=notes.by_chunk.setdefault(start, {}))
+        for chunk, slots in self._chunks(view):
             inner = self.inner.score(chunk).float().masked_fill(~chunk.kept.valid, float("-inf"))
             ranks = inner.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
             lengths = chunk.kept.lengths.unsqueeze(2).to(ranks.device)
             scores.scatter_(2, slots, 1 - (ranks + 0.5) / lengths.clamp(min=1))
         return scores[..., :longest]
+
+    def watch(self, view: LayerView) -> None:
+        for chunk, _ in self._chunks(view):
+            self.inner.watch(chunk)
+
+    def _chunks(self, view: LayerView) -> Iterator[tuple[LayerView, Tensor]]:
+        """The view of every chunk, with notes of its own, and its tokens' numbers in the row."""
+        notes = view.notes.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
+        assert isinstance(notes, _ChunkNotes)
+        notes.seen = int(view.seen.sum())
+        for start, chunk, slots in chunk_views(view, self.chunk_length):
+            yield replace(chunk, notes=notes.by_chunk.setdefault(start, {})), slots

@@ -1,11 +1,15 @@
-"""Retention experts: four opinions about which part of a context should stay."""
+"""Retention experts: opinions about which part of a context should stay, and where they are found by name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView
+from pikv.scoring.base import LayerView, Scorer, norms
+from pikv.scoring.key_difference import KeyDifferenceScorer
+from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import window_attention
 
 
@@ -32,10 +36,19 @@ class EndsExpert(RetentionExpert):
         self.last_share = last_share
 
     def preference(self, view: LayerView) -> Tensor:
-        lengths = view.kept.lengths.unsqueeze(2).to(view.kept.keys.device)
-        place = (torch.arange(view.kept.keys.shape[2], device=lengths.device) + 0.5) / lengths
-        # How far both ends must be stretched until they reach the token.
-        return -torch.minimum(place / self.first_share, (1 - place) / self.last_share)
+        return self._by_length(view, lambda stretch: -stretch)
+
+    def votes(self, view: LayerView) -> Tensor:
+        return self._by_length(view, lambda stretch: 1 - stretch.argsort(stable=True).argsort() / max(1, len(stretch) - 1))
+
+    def _by_length(self, view: LayerView, judge: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``judge`` makes of how far both ends must be stretched until they reach each token, ``[L]``, by row."""
+        judged = torch.zeros(view.kept.positions.shape, device=view.kept.keys.device)
+        for length in view.kept.lengths.unique().tolist():
+            place = (torch.arange(length, device=judged.device) + 0.5) / length
+            stretch = torch.minimum(place / self.first_share, (1 - place) / self.last_share)
+            judged[(view.kept.lengths == length).to(judged.device), :length] = judge(stretch)
+        return judged
 
 
 class AttentionExpert(RetentionExpert):
@@ -48,11 +61,65 @@ class AttentionExpert(RetentionExpert):
         return window_attention(view, self.window_size)
 
 
-def default_experts() -> dict[str, RetentionExpert]:
-    """The four experts: aggressive, moderate, conservative (shares of the first and last tokens) and selective."""
-    return {
-        "aggressive": EndsExpert(0.2, 0.1),
-        "moderate": EndsExpert(0.3, 0.2),
-        "conservative": EndsExpert(0.5, 0.3),
-        "selective": AttentionExpert(),
-    }
+class ScorerExpert(RetentionExpert):
+    """Has the opinion of a scorer that needs nothing of the model beyond what views show."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def preference(self, view: LayerView) -> Tensor:
+        return self.scorer.score(view)
+
+
+class FunctionExpert(RetentionExpert):
+    """Asks a function, which turns a view into preferences ``[B, G, L]``."""
+
+    def __init__(self, function: Callable[[LayerView], Tensor]) -> None:
+        self.function = function
+
+    def preference(self, view: LayerView) -> Tensor:
+        return self.function(view)
+
+
+class ValuedAttentionExpert(AttentionExpert):
+    """Keeps what the most recent queries attend to, by how much that brings them: attention times the norm of the value."""
+
+    def preference(self, view: LayerView) -> Tensor:
+        return super().preference(view) * norms(view.kept.values)
+
+
+EXPERTS: dict[str, Callable[[], RetentionExpert]] = {
+    "aggressive": lambda: EndsExpert(0.2, 0.1),
+    "moderate": lambda: EndsExpert(0.3, 0.2),
+    "conservative": lambda: EndsExpert(0.5, 0.3),
+    "selective": AttentionExpert,
+    "ultra_aggressive": lambda: EndsExpert(0.05, 0.1),
+    "semantic_aware": lambda: ScorerExpert(KeyDifferenceScorer()),
+    "temporal_aware": lambda: ScorerExpert(PositionScorer(0)),
+    "adaptive": ValuedAttentionExpert,
+}
+"""Builders by name: shares of the first and last tokens, attention, keys unlike the others, the newest, valued attention."""
+
+
+def get_expert(name: str) -> RetentionExpert:
+    """Builds an expert by name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest.
+    """
+    if name not in EXPERTS:
+        near = get_close_matches(name, EXPERTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown expert {name!r}, there is {', '.join(EXPERTS)}{hint}")
+    return EXPERTS[name]()
+
+
+def default_experts(num_experts: int = 4) -> dict[str, RetentionExpert]:
+    """The first ``num_experts`` experts that there are, in the order of their registration.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if not 1 <= num_experts <= len(EXPERTS):
+        raise ValueError(f"num_experts must lie between 1 and {len(EXPERTS)}, the experts there are, not {num_experts}")
+    return {name: get_expert(name) for name in list(EXPERTS)[:num_experts]}

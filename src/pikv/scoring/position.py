@@ -16,3 +16,14 @@ class PositionScorer(Scorer):
         positions = view.kept.positions
         newest = int(view.seen.max())
         return torch.where(positions < self.sink_size, 2 * newest - positions, positions).float()
+
+
+def ends_first(view: LayerView, scores: Tensor, sink_size: int, recent_size: int) -> Tensor:
+    """Puts the first ``sink_size`` true positions before all others, then the last ``recent_size``, the newest first.
+
+    ``scores`` ``[B, G, L]`` may hold anything behind a row's end.
+    """
+    positions, seen = view.kept.positions, view.seen.view(-1, 1, 1).to(scores.device)
+    most = scores.masked_fill(~view.kept.valid, 0.0).amax(2, keepdim=True).clamp(min=1)
+    scores = torch.where(positions >= seen - recent_size, most + 1 + positions / seen, scores)
+    return torch.where(positions < sink_size, most + 3, scores)

@@ -1,10 +1,10 @@
 """Attention of the last queries (SnapKV, arXiv 2404.14469)."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.position import ends_first
 
 
 class WindowScorer(Scorer):
@@ -35,9 +35,7 @@ def keep_window(view: LayerView, scores: Tensor, window_size: int, kernel_size: 
     scores = scores.masked_fill(in_window, 0.0)
     if kernel_size > 1:
         scores = avg_pool1d(scores, kernel_size, padding=kernel_size // 2, stride=1)
-    most = scores.amax(2, keepdim=True).clamp(min=1)
-    recency = view.kept.positions / view.seen.view(-1, 1, 1).to(scores.device)
-    return torch.where(in_window, most + 1 + recency, scores)
+    return ends_first(view, scores, sink_size=0, recent_size=window_size)
 
 
 def window_weights(view: LayerView, window_size: int) -> Tensor:

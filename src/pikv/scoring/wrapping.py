@@ -3,7 +3,7 @@
 from copy import copy
 from typing import Any, TypeVar
 
-from pikv.scoring.base import Scorer
+from pikv.scoring.base import LayerView, Scorer
 
 _Self = TypeVar("_Self", bound="WrappingScorer")
 
@@ -14,10 +14,15 @@ class WrappingScorer(Scorer):
     def __init__(self, inner: Scorer) -> None:
         self.inner = inner
         self.wants_logsumexp = inner.wants_logsumexp
+        self.watches = inner.watches
         self.reread = inner.reread
 
     def bind(self: _Self, model: Any) -> _Self:
         bound = copy(self)
         bound.inner = self.inner.bind(model)
+        bound.watches = bound.inner.watches
         bound.reread = bound.inner.reread
         return bound
+
+    def watch(self, view: LayerView) -> None:
+        self.inner.watch(view)

@@ -4,6 +4,9 @@ A four-layer Llama of 0.85M parameters learns multi-needle retrieval with a curr
 phases: in the first it learns to recall what followed a noun, in the second, where names are more alike, what followed an
 adjective and a noun. The same seed gives the same weights on the same machine. A seed that does not form the skill is given
 up early, and the next one is tried. Interrupted training goes on from its last checkpoint.
+
+``--sibling`` trains another model with the same skill, quickly: it keeps the bundled model's embeddings and first layer, starts
+all other layers anew from the seed, and goes through the second phase only, on other texts. Its heads retrieve elsewhere.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pikv.models.demo import load_demo
 from pikv.models.demo.card import write_card
 from pikv.models.demo.tokenizer import build_tokenizer
 from pikv.tasks.retrieval import WORDS_PER_RECORD, make_retrieval
@@ -150,15 +154,24 @@ def loss_and_accuracy(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tens
     return loss, right.view(-1, RECALLED_PER_QUESTION)[:, 1:].all(-1).float().mean().item()
 
 
-def train(seed: int, checkpoint: Path) -> LlamaForCausalLM | None:
+def build_sibling(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Builds a model with the bundled one's embeddings and first layer; all other layers are untrained."""
+    model = build_model(tokenizer, seed)
+    bundled = load_demo()[0].state_dict()
+    kept = {name: weights for name, weights in bundled.items() if ".layers." not in name or ".layers.0." in name}
+    model.load_state_dict(kept, strict=False)
+    return model
+
+
+def train(seed: int, checkpoint: Path, is_sibling: bool = False) -> LlamaForCausalLM | None:
     """Trains one seed through all phases; returns the model, or None for a seed that does not form the skill."""
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
+    model = build_sibling(tokenizer, seed) if is_sibling else build_model(tokenizer, seed)
     state: dict[str, Any] = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
     if state.get("seed") != seed:
         state = {}
     for index, phase in enumerate(PHASES):
-        if index < state.get("phase", 0):
+        if index < max(state.get("phase", 0), is_sibling):
             continue
         run = PhaseRun(model, phase, tokenizer.get_vocab(), seed)
         if state.get("phase") == index:
@@ -224,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=1, help="first seed to try")
+    parser.add_argument("--sibling", action="store_true", help="start from the bundled model's embeddings and first layer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -231,10 +245,10 @@ def main() -> None:
     checkpoint = arguments.out / "checkpoint.pt"
     started = time.perf_counter()
     seed = arguments.seed
-    while (model := train(seed, checkpoint)) is None:
+    while (model := train(seed, checkpoint, arguments.sibling)) is None:
         seed += 1
     model.config.training_seed = seed
-    model.config.training_steps = sum(phase.num_steps for phase in PHASES)
+    model.config.training_steps = sum(phase.num_steps for phase in PHASES[arguments.sibling :])
     model.config.training_seconds = round(time.perf_counter() - started)
     model.save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)

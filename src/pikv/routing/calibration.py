@@ -1,0 +1,146 @@
+"""What was learned about a model, as one file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pikv.calibration.heads import head_shape
+from pikv.hf.files import write_whole
+from pikv.hf.identity import Facts, check_same_model, facts_of, fingerprint, is_same_fingerprint
+from pikv.hf.support import ragged_layers
+from pikv.routing.factory import create_moe_router
+from pikv.routing.panel import VotePanel
+
+FILE_NAME = "pikv_calibration.safetensors"
+"""Under this name a calibration is found beside the model it was made for."""
+FORMAT = "pikv-calibration-1"
+
+_PANEL = "panel."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """Routers of every layer, what each head makes of their experts' votes, budgets by head, and heads that retrieve.
+
+    ``panels`` holds a panel's weights by kind of router, then by layer (its rank among those that hold ragged rows).
+    ``profiles`` ``[num_layers, G, P]`` are what ``ProfileBudget`` shares out by, ``head_scores`` ``[num_layers, G]`` what
+    DuoAttention does. ``options`` are the routers' options by kind, ``report`` what training measured, ``settings`` how it was
+    done; all three as JSON has them.
+    """
+
+    facts: Facts
+    fingerprint: Tensor
+    experts: tuple[str, ...]
+    panels: Mapping[str, Sequence[Mapping[str, Tensor]]]
+    profiles: Tensor
+    head_scores: Tensor
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, model: Any) -> None:
+        """Raises ValueError, with the reason, if this was learned on another model."""
+        check_same_model(self.facts, facts_of(model.config))
+        if not is_same_fingerprint(self.fingerprint, fingerprint(model)):
+            raise ValueError("made for a model of the same kind, but with other weights")
+
+    def lacks(self, kind: str, experts: Sequence[str]) -> str | None:
+        """Why there are no panels for a kind of router and these experts, or None if there are."""
+        if kind not in self.panels:
+            return f"it has routers of the kinds {', '.join(self.panels)}"
+        if tuple(experts) != self.experts:
+            return f"it was made for the experts {', '.join(self.experts)}"
+        return None
+
+    def build(self, model: Any, kind: str, top_k: int, **options: Any) -> dict[int, VotePanel]:
+        """The trained panels of ``kind`` by layer index, in evaluation mode on the model's device.
+
+        Raises:
+            ValueError: if they are damaged, or options are out of range.
+        """
+        hidden_size = model.config.get_text_config(decoder=True).hidden_size
+        panels = {}
+        for layer, state in zip(ragged_layers(model.config), self.panels[kind], strict=True):
+            router = create_moe_router(kind, hidden_size, len(self.experts), top_k, **options)
+            panel = VotePanel(router, self.profiles.shape[1])
+            try:
+                panel.load_state_dict(dict(state))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ValueError(f"the calibration's routers of the kind {kind} are damaged: {reason}") from error
+            panels[layer] = panel.eval().to(model.device)
+        return panels
+
+    def save(self, path: str | Path) -> None:
+        """Writes one ``.safetensors`` file, whole or not at all."""
+        tensors = {"profiles": self.profiles, "head_scores": self.head_scores, "fingerprint": self.fingerprint}
+        for kind, states in self.panels.items():
+            for rank, state in enumerate(states):
+                tensors |= {f"{_PANEL}{kind}.{rank}.{name}": tensor for name, tensor in state.items()}
+        about = {
+            "facts": self.facts,
+            "experts": self.experts,
+            "options": self.options,
+            "settings": self.settings,
+            "report": self.report,
+        }
+        metadata = {name: json.dumps(value) for name, value in about.items()}
+        metadata |= {"format": FORMAT, "model_type": str(self.facts.get("model_type"))}
+        write_whole(Path(path), {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> "Calibration":
+        """Reads a file, and checks that it was made for ``model``, if one is given.
+
+        Raises:
+            ValueError: if the file cannot be read, is no calibration, or was made for another model.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read a calibration from {path}: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no calibration of this release: its format is {metadata.get('format')}")
+        try:
+            calibration = _unpack(metadata, tensors)
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if model is not None:
+            try:
+                calibration.check(model)
+                if tuple(calibration.head_scores.shape) != head_shape(model.config):
+                    raise ValueError(f"made for {tuple(calibration.head_scores.shape)} heads")
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return calibration
+
+
+def _unpack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Calibration:
+    panels: dict[str, list[dict[str, Tensor]]] = {}
+    num_layers, heads = tensors["head_scores"].shape
+    if tensors["profiles"].dim() != 3 or tensors["profiles"].shape[:2] != (num_layers, heads):
+        raise ValueError(f"profiles {list(tensors['profiles'].shape)} for {num_layers} layers of {heads} heads")
+    if not isinstance(json.loads(metadata["facts"]), dict):
+        raise ValueError("it does not say what model it was made for")
+    for name, tensor in tensors.items():
+        if name.startswith(_PANEL):
+            kind, rank, parameter = name.removeprefix(_PANEL).split(".", 2)
+            panels.setdefault(kind, [{} for _ in range(num_layers)])[int(rank)][parameter] = tensor
+    return Calibration(
+        facts=json.loads(metadata["facts"]),
+        fingerprint=tensors["fingerprint"],
+        experts=tuple(json.loads(metadata["experts"])),
+        panels=panels,
+        profiles=tensors["profiles"],
+        head_scores=tensors["head_scores"],
+        options=json.loads(metadata["options"]),
+        settings=json.loads(metadata["settings"]),
+        report=json.loads(metadata["report"]),
+    )

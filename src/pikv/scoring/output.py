@@ -1,0 +1,42 @@
+"""What cached values add to the output of attention."""
+
+import torch
+from torch import Tensor, nn
+
+from pikv.scoring.base import LayerView
+
+_NAMES = ("o_proj", "out_proj", "c_proj", "dense")
+_BLOCK_ELEMENTS = 1 << 22  # projected values that exist at a time
+
+
+def output_norms(view: LayerView) -> Tensor:
+    """L1 norms of the values behind each query head's part of the output projection, ``[B, G, H / G, L]`` (float32).
+
+    Raises:
+        ValueError: if the attention module has no output projection that is known here.
+    """
+    batch, heads, longest, dim = view.kept.values.shape
+    group = view.group_size
+    weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim)).float()
+    norms = torch.zeros((batch, heads, group, longest), device=view.kept.values.device)
+    size = max(1, _BLOCK_ELEMENTS // (batch * weight.shape[-1]))
+    for start in range(0, longest, size):
+        block = view.kept.values[:, :, start : start + size].float()
+        for head in range(heads):
+            for member in range(group):
+                norms[:, head, member, start : start + size] = (block[:, head] @ weight[head, member]).abs().sum(-1)
+    return norms
+
+
+def _output_projection(module: nn.Module, num_inputs: int) -> Tensor:
+    """The weights that the attended values are multiplied by, ``[num_inputs, hidden]``."""
+    for name in _NAMES:
+        layer = getattr(module, name, None)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        # GPT-2's Conv1D stores its weights the other way round.
+        by_input = weight if type(layer).__name__ == "Conv1D" else weight.T
+        if by_input.shape[0] == num_inputs and by_input.is_floating_point():
+            return by_input.detach()
+    raise ValueError(f"{type(module).__name__} has no output projection of {num_inputs} inputs ({', '.join(_NAMES)})")

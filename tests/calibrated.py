@@ -1,0 +1,57 @@
+"""Calibrations of any tiny model, made of random numbers: no training, but everything that a trained one decides by."""
+
+import torch
+
+from pikv.calibration.heads import head_shape
+from pikv.hf.identity import facts_of, fingerprint
+from pikv.presses import HeadBudgetPress, MoERouterPress
+from pikv.routing import create_moe_router
+from pikv.routing.calibration import Calibration
+from pikv.routing.factory import ROUTERS
+from pikv.routing.panel import VotePanel
+from pikv.scoring.experts import default_experts
+
+
+def random_calibration(model, kinds=ROUTERS, experts=None, seed=0):
+    """Random gates, hit rates, trust and level, and profiles that fall, steeply in some heads and not in others."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = default_experts() if experts is None else experts
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    layers, heads = head_shape(model.config)
+
+    def panel(kind):
+        made = VotePanel(create_moe_router(kind, hidden_size, len(experts)), heads)
+        for tensor in made.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.5)
+        if kind == "pikv":
+            made.router.hit_rates.copy_(torch.rand(len(experts), generator=generator))
+        return made.state_dict()
+
+    steepness = 30 * torch.rand(layers, heads, 1, generator=generator)
+    return Calibration(
+        facts=facts_of(model.config),
+        fingerprint=fingerprint(model),
+        experts=tuple(experts),
+        panels={kind: [panel(kind) for _ in range(layers)] for kind in kinds},
+        profiles=torch.exp(-steepness * torch.linspace(0, 1, 128)),
+        head_scores=torch.rand(layers, heads, generator=generator),
+        options={"pikv": {"cache_weight": 2.0}} if "pikv" in kinds else {},
+        settings={"num_steps": 0},
+        report={"heads": {"separates": False}},
+    )
+
+
+class RandomlyCalibrated(MoERouterPress):
+    """A press that has a random calibration ready for whatever model it is applied to."""
+
+    def bind(self, model):
+        self.calibration = random_calibration(model, kinds=(self.router_type,))
+        return super().bind(model)
+
+
+class RandomHeadBudgets(HeadBudgetPress):
+    """The same for the head budgets of a calibration."""
+
+    def bind(self, model):
+        self.calibration = random_calibration(model, kinds=())
+        return super().bind(model)
