@@ -1,19 +1,24 @@
-"""What the README shows is so."""
+"""What the README and the guide to extending PiKV show is so."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from models_table import BEGIN, END, NAMES
 from tiny import FAMILIES, REFUSED
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_examples_print_what_stands_below_them():
-    examples = re.findall(r"```python\n(.*?)```\n\nIt prints:\n\n```\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == README.count("```python")
+@pytest.mark.parametrize("document", ["README.md", "docs/extending.md"])
+def test_the_examples_print_what_stands_below_them(document):
+    text = (ROOT / document).read_text()
+    examples = re.findall(r"```python\n(.*?)```\n\nIt prints:\n\n```\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == text.count("```python")
     code = "\n".join(code for code, _ in examples)  # a later one goes on where the one before ended
     printed = "".join(printed for _, printed in examples)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

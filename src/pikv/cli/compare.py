@@ -2,15 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pikv.cli.progress import progress_bars
 from pikv.experiments.defaults import DEFAULT_METHODS
 
 
@@ -26,6 +24,7 @@ def compare_command(
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")
     ] = False,
+    calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality.")] = 8,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
@@ -34,7 +33,7 @@ def compare_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.  [default: out/compare-<time>]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. (default: out/compare-<time>)")] = None,
 ) -> None:
     """Compare methods on one model: memory, TTFT, TPOT, tokens/s, quality.
 
@@ -60,7 +59,7 @@ def compare_command(
     from pikv.models.loading import load_model
     from pikv.report.folder import choose_folder, new_folder
     from pikv.report.html import write_html
-    from pikv.report.table import improvements, rich_tables
+    from pikv.report.table import improvements, rich_tables, tables
 
     config = CompareConfig(
         model=model,
@@ -75,6 +74,7 @@ def compare_command(
         question_aware=question_aware,
         context=context,
         question=question,
+        calibration=calibration,
         device=device,
         dtype=dtype,
         seed=seed,
@@ -90,21 +90,8 @@ def compare_command(
         write_html(comparison, part / "report.html")
 
     console = Console(width=None if sys.stdout.isatty() else 100)
-    for table in rich_tables(comparison):
+    for table in rich_tables(tables(comparison)):
         console.print(table, "")
     for line in improvements(comparison):
         console.print(line, highlight=False)
     console.print(f"\nresults: {folder}/results.csv, results.json, report.html", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Progress bars on standard error; each is opened by a title and a number of steps."""
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-
-        def open_bar(title: str, total: int) -> Callable[[], None]:
-            task = bars.add_task(title, total=total)
-            return lambda: bars.advance(task)
-
-        yield open_bar

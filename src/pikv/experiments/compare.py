@@ -1,20 +1,20 @@
 """Methods side by side on one model and one set of contexts; the full cache is always among them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pikv.calibration.progress import ProgressBar
 from pikv.experiments.defaults import DEFAULT_METHODS
 from pikv.experiments.environment import environment
+from pikv.experiments.lengths import check_lengths
 from pikv.experiments.methods import Method, parse_methods
 from pikv.experiments.quality import QualityRun, References, measure_quality
 from pikv.experiments.results import Comparison, Quality, Speed
 from pikv.experiments.speed import measure_once, new_speed
+from pikv.routing.known import use_calibration
 from pikv.tasks.contexts import TokenizedSample, retrieval_samples, text_sample
-
-ProgressBar = Callable[[str, int], Callable[[], None]]
-"""Opens a progress bar of a title and a number of steps; what it returns is called after each step."""
 
 _WARM_UP_TOKENS = 512
 
@@ -26,7 +26,7 @@ class CompareConfig:
     Quality is measured on ``num_contexts`` contexts of ``context_length`` tokens, each with ``num_records`` records and
     ``num_questions`` questions; time and memory there, at ``long_context_length`` and, on the way, at their geometric mean,
     ``repeats`` times with ``num_new_tokens`` generated tokens. ``context`` replaces the synthetic contexts by a text file: then
-    agreement with the full cache's answer stands for quality.
+    agreement with the full cache's answer stands for quality. ``calibration`` is a file for the model that is not beside it.
     """
 
     model: str = "demo"
@@ -41,6 +41,7 @@ class CompareConfig:
     question_aware: bool = False
     context: Path | None = None
     question: str | None = None
+    calibration: Path | None = None
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -67,21 +68,24 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[list[Met
     """Reads and checks everything that a comparison needs, before any of it is run.
 
     Raises:
-        ValueError: for unknown methods, contexts that are empty, too long for the model's positions, or too short for a method.
+        ValueError: for unknown methods, a calibration of another model, contexts that are empty, too long for the model's
+            positions, or too short for a method.
     """
     methods = parse_methods(config.methods)
+    if config.calibration is not None:
+        use_calibration(model, config.calibration)
     if config.context is not None:
         try:
             text = config.context.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the context {config.context}: {error}") from None
         sample = text_sample(tokenizer, text, config.question, config.num_new_tokens)
-        _check_lengths(config, model, methods, [len(sample.context_ids)])
+        check_lengths(model, methods, [len(sample.context_ids)], config.num_new_tokens)
         return methods, Inputs(quality=[sample], speed={len(sample.context_ids): sample.context_ids})
     short, long = sorted((config.context_length, config.long_context_length))
     middle = 1 << round((short * long) ** 0.5).bit_length() - 1
     lengths = sorted({short, long, middle if short < middle < long else long})
-    _check_lengths(config, model, methods, lengths)
+    check_lengths(model, methods, lengths, config.num_new_tokens)
     samples = retrieval_samples(
         tokenizer,
         num_tokens=config.context_length,
@@ -146,16 +150,3 @@ def _compare_speed(
             measured[length, method] = measure_once(model, method, texts[length], config.num_new_tokens, speed)
             advance()
     return list(measured.values())
-
-
-def _check_lengths(config: CompareConfig, model: Any, methods: Sequence[Method], lengths: Sequence[int]) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(lengths) + config.num_new_tokens + 16  # a question takes a few tokens too
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"a context of {max(lengths)} tokens, a question and {config.num_new_tokens} new tokens exceed "
-            f"the {limit} positions of the model"
-        )
-    for method in methods:
-        if method.press().smallest(min(lengths)) < 1:
-            raise ValueError(f"method {method.spec!r} would keep no token of a context of {min(lengths)} tokens")

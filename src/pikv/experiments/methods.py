@@ -7,6 +7,7 @@ from pikv.presses.registry import get_press, list_presses
 
 FULL = "none"
 RATIO_OF_ALL = "0.75"
+_NEED_CALIBRATION = ("headwise",)  # presses by name that say no to a model without
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,16 @@ class Method:
 def parse_methods(text: str) -> list[Method]:
     """Reads a comma-separated list; the full cache comes first, whether it was named or not.
 
-    ``all`` stands for every press by name with the same ratio, ``all:0.5`` for them with another.
+    ``all`` stands for every press by name that goes with any model, with the same ratio, ``all:0.5`` for them with another.
 
     Raises:
         ValueError: for an unknown press or an impossible ratio.
     """
     specs = [FULL]
+    everything = [name for name in list_presses() if name not in (FULL, *_NEED_CALIBRATION)]
     for spec in (spec.strip() for spec in text.split(",")):
         name, _, ratio = spec.partition(":")
-        specs += [f"{each}:{ratio or RATIO_OF_ALL}" for each in list_presses() if each != FULL] if name == "all" else [spec]
+        specs += [f"{each}:{ratio or RATIO_OF_ALL}" for each in everything] if name == "all" else [spec]
     specs = [spec for spec in specs if spec]
     methods = [Method(spec) for spec in dict.fromkeys(specs)]
     for method in methods:

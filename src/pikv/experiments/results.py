@@ -86,7 +86,7 @@ class Comparison:
         rows = []
         for speed in self.speed:
             quality = by_key.get((speed.method, speed.num_tokens))
-            rows.append({**_speed_columns(speed), **_quality_columns(quality)})
+            rows.append({**_speed_columns(speed), **quality_columns(quality)})
         frame = pd.DataFrame(rows)
         return _with_improvements(frame)
 
@@ -123,7 +123,8 @@ def _speed_columns(speed: Speed) -> dict[str, Any]:
     }
 
 
-def _quality_columns(quality: Quality | None) -> dict[str, Any]:
+def quality_columns(quality: Quality | None) -> dict[str, Any]:
+    """Quality as columns of a table; NaN where it was not measured."""
     low, high = quality.interval if quality else (math.nan, math.nan)
     return {
         "accuracy": quality.accuracy if quality else math.nan,

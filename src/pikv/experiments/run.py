@@ -20,8 +20,9 @@ def read(model: Any, token_ids: Sequence[int], press: BasePress) -> tuple[PiKVCa
 
 @torch.inference_mode()
 def forward(model: Any, token_ids: Sequence[int] | Tensor, cache: PiKVCache, num_logits: int = 1) -> Tensor:
-    """Feeds tokens onto the cache; returns the logits of the last ``num_logits`` of them, ``[1, num_logits, V]``."""
-    inputs = torch.as_tensor(token_ids, device=model.device).view(1, -1)
+    """Feeds tokens, of one sequence or ``[B, T]``, onto the cache; returns the logits of the last ``num_logits`` of them,
+    ``[B, num_logits, V]``."""
+    inputs = torch.atleast_2d(torch.as_tensor(token_ids, device=model.device))
     logits: Tensor = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=num_logits).logits
     return logits[:, -num_logits:]
 

@@ -25,7 +25,7 @@ def measure_once(model: Any, method: Method, token_ids: Sequence[int], num_new_t
     """
     press = method.press()
     with measure_peak(model.device) as peak:
-        _synchronize(model.device)
+        synchronize(model.device)
         started = time.perf_counter()
         cache, logits = read(model, token_ids, press)
         token = int(logits.argmax())
@@ -48,6 +48,7 @@ def measure_once(model: Any, method: Method, token_ids: Sequence[int], num_new_t
     )
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

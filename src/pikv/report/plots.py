@@ -1,6 +1,7 @@
-"""Plotly figures of a comparison."""
+"""Plotly figures, and those of a comparison."""
 
 import math
+from collections.abc import Mapping
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -29,7 +30,7 @@ def quality_against_memory(comparison: Comparison) -> go.Figure:
         )
     figure.update_xaxes(title="KV bytes held, share of the full cache", tickformat=".0%", range=[0, 1.1])
     figure.update_yaxes(title="accuracy" if judged else "agreement", tickformat=".0%", range=[-0.05, 1.1])
-    return _styled(figure, "Quality against memory")
+    return styled(figure, "Quality against memory")
 
 
 def tpot_against_length(comparison: Comparison) -> go.Figure:
@@ -51,21 +52,22 @@ def tpot_against_length(comparison: Comparison) -> go.Figure:
         )
     figure.update_xaxes(title="context length (tokens)", type="log", tickvals=sorted(frame["num_tokens"].unique()))
     figure.update_yaxes(title="time per output token (ms)", rangemode="tozero")
-    return _styled(figure, "Decoding speed against context length")
+    return styled(figure, "Decoding speed against context length")
 
 
-def kept_by_head(comparison: Comparison) -> go.Figure:
-    """The share of the tokens that every KV head keeps, one panel a method."""
-    num_rows = math.ceil(len(comparison.quality) / _COLUMNS)
+def kept_by_head(kept: Mapping[str, list[list[float]]]) -> go.Figure:
+    """The share of the tokens that every KV head keeps, by method ``[layers][heads]``, one panel a method."""
+    num_rows = math.ceil(len(kept) / _COLUMNS)
+    first = next(iter(kept.values()))
     figure = make_subplots(
         rows=num_rows,
         cols=_COLUMNS,
-        subplot_titles=[quality.method for quality in comparison.quality],
+        subplot_titles=list(kept),
         vertical_spacing=0.35 / num_rows,
     )
-    for index, quality in enumerate(comparison.quality):
+    for index, shares in enumerate(kept.values()):
         figure.add_heatmap(
-            z=quality.kept,
+            z=shares,
             zmin=0,
             zmax=1,
             coloraxis="coloraxis",
@@ -73,12 +75,13 @@ def kept_by_head(comparison: Comparison) -> go.Figure:
             row=index // _COLUMNS + 1,
             col=index % _COLUMNS + 1,
         )
-    figure.update_xaxes(title="KV head", dtick=1 if len(comparison.quality[0].kept[0]) <= 16 else None)
-    figure.update_yaxes(title="layer", dtick=1 if len(comparison.quality[0].kept) <= 16 else None, autorange="reversed")
+    figure.update_xaxes(title="KV head", dtick=1 if len(first[0]) <= 16 else None)
+    figure.update_yaxes(title="layer", dtick=1 if len(first) <= 16 else None, autorange="reversed")
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"tickformat": ".0%"}})
-    figure = _styled(figure, "What was kept, by layer and head")
+    figure = styled(figure, "What was kept, by layer and head")
     return figure.update_layout(height=90 + 260 * num_rows, showlegend=False)
 
 
-def _styled(figure: go.Figure, title: str) -> go.Figure:
+def styled(figure: go.Figure, title: str) -> go.Figure:
+    """The look that all figures share."""
     return figure.update_layout(title=title, template="plotly_white", height=460, margin={"l": 70, "r": 30, "t": 70, "b": 60})

@@ -1,12 +1,13 @@
-"""The comparison as tables for the terminal."""
+"""Tables for the terminal, and the comparison's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pikv.experiments.expectation import judge_router_with_duo
 from pikv.experiments.ranking import rank_at_equal_bytes
 from pikv.experiments.results import Comparison
 
@@ -15,8 +16,8 @@ Column = tuple[str, Callable[[pd.Series], str]]
 _MEBI = 1 << 20
 
 
-def mebibytes(value: float) -> str:
-    return f"{value / _MEBI:,.1f}"
+def mebibytes(value: float, digits: int = 1) -> str:
+    return f"{value / _MEBI:,.{digits}f}"
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -86,10 +87,10 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
     ]
 
 
-def rich_tables(comparison: Comparison) -> list[Table]:
-    """The tables for the terminal."""
+def rich_tables(shown: Iterable[tuple[str, list[str], list[list[str]]]]) -> list[Table]:
+    """Tables, as title, header and cells, for the terminal."""
     rendered = []
-    for title, header, cells in tables(comparison):
+    for title, header, cells in shown:
         table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD, padding=(0, 1))
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
@@ -100,7 +101,7 @@ def rich_tables(comparison: Comparison) -> list[Table]:
 
 
 def improvements(comparison: Comparison) -> list[str]:
-    """What each method gained and lost against the full cache, in one line each."""
+    """What each method gained and lost against the full cache, in one line each; then whether what was expected holds."""
     frame = comparison.frame()
     longest = frame["num_tokens"].max()
     quality = frame[frame["num_answers"] > 0].set_index("method")
@@ -117,4 +118,4 @@ def improvements(comparison: Comparison) -> list[str]:
             f"TPOT {_ratio(row['speedup'])} as fast, TTFT {_ratio(row['ttft_ratio'])} as long "
             f"({longest:,} tokens){judged}{agreed}"
         )
-    return lines
+    return [*lines, *judge_router_with_duo(comparison)]

@@ -1,0 +1,129 @@
+"""``pikv calibrate``: routers, head budgets and retrieval heads, learned from a model's own attention."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from pikv.cli.progress import progress_bars
+
+if TYPE_CHECKING:
+    from pikv.routing.calibration import Calibration
+
+
+def calibrate_command(
+    model: Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")] = "demo",
+    texts: Annotated[
+        list[Path] | None, typer.Option(help="Text files to learn from, may be repeated. (default: synthetic retrieval)")
+    ] = None,
+    routers: Annotated[str, typer.Option(help="Kinds of router, comma-separated. (default: all)")] = "",
+    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
+    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
+    capacity_factor: Annotated[float, typer.Option(help="Room of an expert, over its even share of the tokens.")] = 1.5,
+    dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = 0.1,
+    aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = 0.01,
+    context_length: Annotated[int, typer.Option(help="Tokens of the longest contexts to learn from.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Contexts to learn from, one a step.")] = 300,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.")
+    ] = Path("out/calibration"),
+) -> None:
+    """Train routers on what later queries of a model really read, measure head budgets, find retrieval heads.
+
+    The model itself is not changed. Writes one file, which presses take by default where it lies beside the model, and by
+    --calibration elsewhere. Interrupted, the same command goes on where it stopped.
+
+    Examples:
+
+      pikv calibrate
+
+      pikv calibrate --model ./my-model --out ./my-model
+
+      pikv calibrate --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16 --context-length 4096 --routers eplb,pikv
+
+      pikv calibrate --model ./my-model --texts notes.txt --texts manual.txt
+    """
+    if model == "demo" or Path(model).exists():  # bars are for downloads
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from pikv.models.loading import load_model
+    from pikv.routing.calibrate import calibrate
+    from pikv.routing.calibration import FILE_NAME
+    from pikv.scoring.experts import default_experts
+
+    path = out / FILE_NAME
+    if path.exists():
+        raise ValueError(f"{path} exists; results are never overwritten, choose another --out")
+    kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
+    experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
+    loaded, tokenizer = load_model(model, device, dtype)
+    checkpoint = out / f".{FILE_NAME}.checkpoint"
+    with _folder(out), progress_bars(Console(stderr=True)) as progress:
+        calibration = calibrate(
+            loaded,
+            sources,
+            tokenizer=tokenizer,
+            kinds=kinds,
+            experts=experts,
+            top_k=top_k,
+            capacity_factor=capacity_factor,
+            dropout=dropout,
+            aux_loss_weight=aux_loss_weight,
+            num_tokens=context_length,
+            num_steps=steps,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        calibration.save(path)
+        checkpoint.unlink(missing_ok=True)
+    _print(calibration)
+    Console().print(f"\ncalibration: {path}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Makes a folder, which goes again if nothing comes of it."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error}") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # there is a checkpoint in it
+            for each in made:
+                each.rmdir()
+        raise
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the text {path}: {error}") from None
+
+
+def _print(calibration: "Calibration") -> None:
+    """What training measured on contexts that it did not learn from."""
+    taken = calibration.report["taken_from_kept"]
+    title = "Of what later queries read, the share in tokens that are kept, by share removed"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
+    table.add_column("router")
+    for ratio in next(iter(taken.values())):
+        table.add_column(f"{ratio} removed", justify="right")
+    names = {"best": "what is really read (bound)", "even": "uncalibrated, same head budgets"}
+    for name, shares in taken.items():
+        table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
+    console = Console()
+    console.print(table)
+    console.print(calibration.report["heads"]["message"] + ".", highlight=False)

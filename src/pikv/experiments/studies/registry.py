@@ -1,0 +1,78 @@
+"""The studies by name."""
+
+from difflib import get_close_matches
+
+from pikv.experiments.studies.base import Builder, Study
+from pikv.experiments.studies.calibration import CALIBRATION
+from pikv.experiments.studies.expectations import expect_order, expect_ratios
+from pikv.experiments.studies.presses import COMBINATIONS, duo_and_router, expert_alone, routed, router_presses, single_presses
+from pikv.scoring.experts import EXPERTS
+
+RATIOS = (0.1, 0.3, 0.5, 0.7)
+
+
+def _sensitivity() -> dict[str, Builder]:
+    return {f"moe_pikv:{ratio:g}": routed("pikv", ratio) for ratio in RATIOS}
+
+
+def _experts() -> dict[str, Builder]:
+    return {name: expert_alone(name) for name in EXPERTS}
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            name="routers",
+            description="every router at the same ratio",
+            builders=lambda: router_presses(0.5),
+            expectations=[expect_order],
+        ),
+        Study(
+            name="presses",
+            description="single presses, with and without routers",
+            builders=single_presses,
+            expectations=[expect_order],
+        ),
+        Study(
+            name="combos",
+            description="combinations of presses beside single ones",
+            builders=single_presses,
+            combined=COMBINATIONS.copy,
+            expectations=[expect_order],
+        ),
+        Study(
+            name="sensitivity",
+            description="one press at rising ratios",
+            builders=_sensitivity,
+            expectations=[expect_ratios],
+        ),
+        Study(
+            name="experts",
+            description="every retention expert alone",
+            builders=_experts,
+        ),
+        Study(
+            name="benchmark",
+            description="single presses beside a combination that removes about as much, more often",
+            builders=single_presses,
+            combined=lambda: {"duo:0.2+moe_pikv:0.2": duo_and_router("pikv", 0.2)},
+            expectations=[expect_order],
+            num_repeats=10,
+        ),
+        CALIBRATION,
+    )
+}
+
+
+def get_study(name: str) -> Study:
+    """The study of a name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest.
+    """
+    if name not in STUDIES:
+        near = get_close_matches(name, STUDIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown study {name!r}{hint} (there is {', '.join(STUDIES)})")
+    return STUDIES[name]

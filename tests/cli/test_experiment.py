@@ -1,0 +1,82 @@
+"""``pikv experiment`` as users run it."""
+
+import sys
+import warnings
+
+import pytest
+from test_cli import pikv
+
+from pikv.cli.main import main
+from pikv.experiments.studies.registry import STUDIES
+
+FAST = ["--num-tokens", "40", "--repeats", "1", "--passes", "1"]
+
+
+def test_a_study_in_a_process_of_its_own(tmp_path):
+    done = pikv("experiment", "experts", *FAST, "--debug", "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Compression of 2 x 40 tokens, one repeat" in done.stdout
+    assert "layer 1: kept by sequence and head" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["report.html", "results.csv", "results.json", "summary.csv"]
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs the command here, and returns the one line that it ends with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pikv", "experiment", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note:")]
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rooters"], "error: unknown study 'rooters'; did you mean 'routers'?"),
+        (["experts", "--data", "nothing"], "error: unknown data set 'nothing'"),
+        (["experts", "--repeats", "0"], "error: repeats must be at least 1, not 0"),
+        (["experts", "--top-k", "5"], "error: top-k must lie between 1 and num-experts=4, not 5"),
+        (["experts", "--num-tokens", "40000"], "exceed the 32768 positions of the model"),
+        (["experts", "--model", "./nowhere"], "cannot read a model from ./nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(refused, tmp_path, arguments, message):
+    assert message in refused(*arguments, "--out", "results")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_are_never_overwritten(refused, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "old").write_text("mine")
+    assert "results are never overwritten" in refused("experts", *FAST, "--out", "results")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["old"]
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pikv.report.study.write_study", fail)
+    monkeypatch.setattr(sys, "argv", ["pikv", "experiment", "experts", *FAST, "--out", "results"])
+    with pytest.raises(OSError, match="disk full"):
+        main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_every_study(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pikv", "experiment", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().out
+    assert "Examples" in said
+    assert all(name in said for name in STUDIES)
