@@ -1,11 +1,13 @@
 """The bundled model: small, offline, and able to retrieve."""
 
 import pytest
+import torch
 
 from pikv.experiments.methods import Method
 from pikv.experiments.quality import QualityRun, measure_quality
 from pikv.models.demo import WEIGHTS
 from pikv.models.demo.tokenizer import build_tokenizer
+from pikv.models.demo.train import build_model, build_sibling
 from pikv.tasks.contexts import retrieval_samples
 
 
@@ -40,3 +42,10 @@ def test_it_is_small_and_described():
 def test_its_tokenizer_is_the_one_that_it_was_trained_with(demo):
     assert demo[1].get_vocab() == build_tokenizer().get_vocab()
     assert demo[1]("@ red fox 12 80 47")["input_ids"] == build_tokenizer()("@ red fox 12 80 47")["input_ids"]
+
+
+def test_a_sibling_starts_with_the_embeddings_and_the_first_layer_alone(demo):
+    sibling, fresh = build_sibling(build_tokenizer(), 7).state_dict(), build_model(build_tokenizer(), 7).state_dict()
+    for name, weights in demo[0].state_dict().items():
+        is_kept = ".layers." not in name or ".layers.0." in name
+        assert torch.equal(sibling[name], weights if is_kept else fresh[name]), name

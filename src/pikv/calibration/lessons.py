@@ -47,7 +47,10 @@ def make_lessons(
     if num_tokens < SMALLEST_TEXT:
         raise ValueError(f"contexts of {num_tokens} tokens are too short to learn from; {SMALLEST_TEXT} is the least")
     if limit is not None and 2 * num_tokens > limit:
-        raise ValueError(f"contexts of {num_tokens} tokens and as much after them exceed the model's {limit} positions")
+        raise ValueError(
+            f"contexts of {num_tokens} tokens and as much after them exceed the model's {limit} positions; "
+            f"{limit // 2} tokens are the most"
+        )
     tokenizer = tokenizer or tokenizer_of(model)
     if texts_or_tasks is None:
 

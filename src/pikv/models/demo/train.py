@@ -6,7 +6,7 @@ adjective and a noun. The same seed gives the same weights on the same machine. 
 up early, and the next one is tried. Interrupted training goes on from its last checkpoint.
 
 ``--sibling`` trains another model with the same skill, quickly: it keeps the bundled model's embeddings and first layer, starts
-all other layers anew from the seed, and goes through the second phase only, on other texts. Its heads retrieve elsewhere.
+all other layers anew from the seed, and goes through the second phase only, on other texts. Other heads come to retrieve.
 """
 
 import argparse
