@@ -1,8 +1,12 @@
 """Attention of the last queries (SnapKV, arXiv 2404.14469)."""
 
+from dataclasses import dataclass
+from weakref import ref
+
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from pikv.cache.rows import PaddedRows
 from pikv.scoring.base import LayerView, Scorer
 from pikv.scoring.position import ends_first
 
@@ -57,7 +61,27 @@ def window_weights(view: LayerView, window_size: int) -> Tensor:
 
 
 def window_attention(view: LayerView, window_size: int) -> Tensor:
-    """Mean attention that the last ``window_size`` real queries of each sequence pay the kept tokens, ``[B, G, L]``."""
+    """Mean attention that the last ``window_size`` real queries of each sequence pay the kept tokens, ``[B, G, L]``.
+
+    It is remembered for the moment: several parts of one decision may ask for it.
+    """
+    known = view.scratch.get((window_attention, window_size))
+    if isinstance(known, _Remembered) and known.is_of(view):
+        return known.attention
     weights = window_weights(view, window_size)
     num_queries = view.real.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1)
-    return weights.sum(3).mean(2) / num_queries
+    attention = weights.sum(3).mean(2) / num_queries
+    view.scratch[(window_attention, window_size)] = _Remembered(ref(view.kept), ref(view.queries), attention)
+    return attention
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """Attention, and what it is the attention of, which it does not keep alive."""
+
+    kept: ref[PaddedRows]
+    queries: ref[Tensor]
+    attention: Tensor
+
+    def is_of(self, view: LayerView) -> bool:
+        return self.kept() is view.kept and self.queries() is view.queries
