@@ -3,8 +3,8 @@
 import torch
 
 from pikv.calibration.heads import head_shape
-from pikv.hf.identity import facts_of, fingerprint
-from pikv.presses import HeadBudgetPress, MoERouterPress
+from pikv.hf.identity import fingerprint, model_signature
+from pikv.presses import MoERouterPress, ProfileBudgetPress
 from pikv.routing import create_moe_router
 from pikv.routing.calibration import Calibration
 from pikv.routing.factory import ROUTERS
@@ -29,7 +29,7 @@ def random_calibration(model, kinds=ROUTERS, experts=None, seed=0):
 
     steepness = 30 * torch.rand(layers, heads, 1, generator=generator)
     return Calibration(
-        facts=facts_of(model.config),
+        facts=model_signature(model.config),
         fingerprint=fingerprint(model),
         experts=tuple(experts),
         panels={kind: [panel(kind) for _ in range(layers)] for kind in kinds},
@@ -49,7 +49,7 @@ class RandomlyCalibrated(MoERouterPress):
         return super().bind(model)
 
 
-class RandomHeadBudgets(HeadBudgetPress):
+class RandomHeadBudgets(ProfileBudgetPress):
     """The same for the head budgets of a calibration."""
 
     def bind(self, model):

@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from pikv.attention.by_rule import _BLOCK_ELEMENTS, attend_by_rule
 from pikv.attention.decode import attend_rows
+from pikv.attention.eager import _BLOCK_ELEMENTS, attend_eagerly
+from pikv.attention.params import AttentionParams
 from pikv.attention.reference import attend_rows_reference
-from pikv.attention.rule import AttentionRule
 from pikv.cache.rows import RaggedRows
 
 HEADS, DIM, SCALING = 4, 16, 0.3
-PLAIN = AttentionRule(scaling=SCALING)
+PLAIN = AttentionParams(scaling=SCALING)
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
-every_rule = pytest.mark.parametrize(
-    "rule",
+every_params = pytest.mark.parametrize(
+    "params",
     [
         pytest.param(PLAIN, id="plain"),
-        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5), id="softcap"),
-        pytest.param(AttentionRule(scaling=SCALING, sinks=SINKS), id="sinks"),
-        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5, sinks=SINKS), id="softcap+sinks"),
+        pytest.param(AttentionParams(scaling=SCALING, softcap=1.5), id="softcap"),
+        pytest.param(AttentionParams(scaling=SCALING, sinks=SINKS), id="sinks"),
+        pytest.param(AttentionParams(scaling=SCALING, softcap=1.5, sinks=SINKS), id="softcap+sinks"),
     ],
 )
 
 
-def random_rows(batch, kv_heads, lengths, num_new, real=None, value_dim=DIM, dtype=torch.float32):
+def random_rows(batch, kv_heads, lengths, num_new, is_token=None, value_dim=DIM, dtype=torch.float32):
     """Rows that hold ``lengths`` tokens each, then ``num_new`` more."""
     generator = torch.Generator().manual_seed(0)
     longest = max(lengths)
@@ -38,51 +38,51 @@ def random_rows(batch, kv_heads, lengths, num_new, real=None, value_dim=DIM, dty
         rows.append(keys, values)
         rows.keep([torch.randperm(longest, generator=generator)[:length].sort().values for length in lengths])
     new_shape = (batch, kv_heads, num_new)
-    rows.append(random(*new_shape, DIM), random(*new_shape, value_dim), real)
+    rows.append(random(*new_shape, DIM), random(*new_shape, value_dim), is_token)
     rows.check_integrity()
     return rows, random(batch, HEADS, num_new, DIM)
 
 
-def assert_matches_reference(rows, queries, real=None, rule=PLAIN):
-    found = attend_rows(queries, rows, rule, real)
-    torch.testing.assert_close(found, attend_rows_reference(queries, rows, rule, real), atol=2e-6, rtol=1e-5)
+def assert_matches_reference(rows, queries, is_token=None, params=PLAIN):
+    found = attend_rows(queries, rows, params, is_token)
+    torch.testing.assert_close(found, attend_rows_reference(queries, rows, params, is_token), atol=2e-6, rtol=1e-5)
 
 
-@every_rule
+@every_params
 @pytest.mark.parametrize("num_new", [1, 2, 5, 129, 300])
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65])
-def test_equal_rows(length, num_new, rule):
-    assert_matches_reference(*random_rows(2, 2, [length] * 4, num_new), rule=rule)
+def test_equal_rows(length, num_new, params):
+    assert_matches_reference(*random_rows(2, 2, [length] * 4, num_new), params=params)
 
 
-@every_rule
+@every_params
 @pytest.mark.parametrize("num_new", [1, 3, 130])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_rows_of_different_length(kv_heads, num_new, rule):
+def test_rows_of_different_length(kv_heads, num_new, params):
     lengths = [1, 65, 0, 64, 1, 63, 7, 0][: 2 * kv_heads]
-    assert_matches_reference(*random_rows(2, kv_heads, lengths, num_new), rule=rule)
+    assert_matches_reference(*random_rows(2, kv_heads, lengths, num_new), params=params)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_rule
-def test_half_precision(rule, dtype):
+@every_params
+def test_half_precision(params, dtype):
     rows, queries = random_rows(2, 2, [1, 65, 0, 64], 3, dtype=dtype)
-    expected = attend_rows_reference(queries, rows, rule)
-    torch.testing.assert_close(attend_rows(queries, rows, rule), expected, atol=1e-2, rtol=1e-2)
+    expected = attend_rows_reference(queries, rows, params)
+    torch.testing.assert_close(attend_rows(queries, rows, params), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_no_large_matrix_of_weights_exists(monkeypatch):
     sizes = []
-    weights = AttentionRule.weights
+    weights = AttentionParams.weights
 
     def watched(*args):
         sizes.append((found := weights(*args)).numel())
         return found
 
-    monkeypatch.setattr(AttentionRule, "weights", watched)
+    monkeypatch.setattr(AttentionParams, "weights", watched)
     keys = torch.randn(1, 1, 3000, 4)
-    rule = AttentionRule(scaling=1.0, softcap=2.0)
-    found = attend_by_rule(torch.randn(1, 2, 3000, 4), keys, keys, rule)
+    params = AttentionParams(scaling=1.0, softcap=2.0)
+    found = attend_eagerly(torch.randn(1, 2, 3000, 4), keys, keys, params)
     assert found.shape == (1, 2, 3000, 4)
     assert len(sizes) > 1
     assert max(sizes) <= _BLOCK_ELEMENTS
@@ -106,17 +106,17 @@ def test_values_of_another_dimension():
     assert_matches_reference(*random_rows(2, 2, [1500, 3, 64, 64], 1, value_dim=24))
 
 
-@every_rule
+@every_params
 @pytest.mark.parametrize(
-    "real",
+    "is_token",
     [
         [[0, 0, 1, 1], [1, 1, 1, 1]],
         [[0, 1, 0, 1], [1, 1, 0, 0]],
         [[0, 0, 0, 0], [0, 0, 0, 1]],
     ],
 )
-def test_padding_among_the_new_tokens(real, rule):
-    real = torch.tensor(real, dtype=torch.bool)
-    rows, queries = random_rows(2, 2, [5, 3, 5, 8], 4, real)
-    assert_matches_reference(rows, queries, real, rule)
-    assert not attend_rows(queries, rows, rule, real).transpose(1, 2)[~real].any()
+def test_padding_among_the_new_tokens(is_token, params):
+    is_token = torch.tensor(is_token, dtype=torch.bool)
+    rows, queries = random_rows(2, 2, [5, 3, 5, 8], 4, is_token)
+    assert_matches_reference(rows, queries, is_token, params)
+    assert not attend_rows(queries, rows, params, is_token).transpose(1, 2)[~is_token].any()

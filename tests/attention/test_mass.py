@@ -5,28 +5,28 @@ import torch
 
 from pikv.attention.capture import CaptureLogSumExp
 from pikv.attention.mass import attention_mass
-from pikv.attention.rule import AttentionRule
+from pikv.attention.params import AttentionParams
 
 BATCH, HEADS, KV_HEADS, DIM, SCALING = 2, 4, 2, 16, 0.3
-PLAIN = AttentionRule(scaling=SCALING)
+PLAIN = AttentionParams(scaling=SCALING)
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
 
 
-def mass_reference(queries, keys, key_positions, query_positions, rule):
+def mass_reference(queries, keys, key_positions, query_positions, params):
     """Slow twin: one sequence and one query head at a time, the whole matrix at once."""
     mass = torch.zeros(key_positions.shape)
     group = queries.shape[1] // keys.shape[1]
     for b in range(queries.shape[0]):
-        real = query_positions[b] >= 0
+        is_token = query_positions[b] >= 0
         for head in range(queries.shape[1]):
             place = key_positions[b, head // group]
-            scores = queries[b, head, real].double() @ keys[b, head // group].double().T * rule.scaling
-            if rule.softcap is not None:
-                scores = rule.softcap * torch.tanh(scores / rule.softcap)
-            hidden = (place < 0) | (place > query_positions[b, real].unsqueeze(1))
+            scores = queries[b, head, is_token].double() @ keys[b, head // group].double().T * params.scaling
+            if params.softcap is not None:
+                scores = params.softcap * torch.tanh(scores / params.softcap)
+            hidden = (place < 0) | (place > query_positions[b, is_token].unsqueeze(1))
             scores = scores.masked_fill(hidden, float("-inf"))
-            if rule.sinks is not None:
-                scores = torch.cat([scores, rule.sinks[head].double().expand(len(scores), 1)], 1)
+            if params.sinks is not None:
+                scores = torch.cat([scores, params.sinks[head].double().expand(len(scores), 1)], 1)
             weights = scores.softmax(-1)
             mass[b, head // group] += weights[:, : len(place)].sum(0).float() / group
     return mass
@@ -39,20 +39,20 @@ def random_inputs(num_queries, num_keys):
     return queries, keys
 
 
-every_rule = pytest.mark.parametrize(
-    "rule",
+every_params = pytest.mark.parametrize(
+    "params",
     [
         pytest.param(PLAIN, id="plain"),
-        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5), id="softcap"),
-        pytest.param(AttentionRule(scaling=SCALING, softcap=1.5, sinks=SINKS), id="softcap+sinks"),
+        pytest.param(AttentionParams(scaling=SCALING, softcap=1.5), id="softcap"),
+        pytest.param(AttentionParams(scaling=SCALING, softcap=1.5, sinks=SINKS), id="softcap+sinks"),
     ],
 )
 
 
-@every_rule
+@every_params
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 513, 1025])
 @pytest.mark.parametrize("has_logsumexp", [False, True])
-def test_prefill(length, has_logsumexp, rule):
+def test_prefill(length, has_logsumexp, params):
     queries, keys = random_inputs(length, length)
     positions = torch.arange(length)
     key_positions, query_positions = positions.expand(BATCH, KV_HEADS, -1), positions.expand(BATCH, -1)
@@ -61,12 +61,12 @@ def test_prefill(length, has_logsumexp, rule):
         expanded = keys.repeat_interleave(HEADS // KV_HEADS, 1)
         scores = queries @ expanded.transpose(2, 3) * SCALING
         logsumexp = scores.masked_fill(positions > positions.unsqueeze(1), float("-inf")).logsumexp(-1)
-    found = attention_mass(queries, keys, key_positions, query_positions, rule, logsumexp)
-    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, rule))
+    found = attention_mass(queries, keys, key_positions, query_positions, params, logsumexp)
+    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, params))
 
 
-@every_rule
-def test_ragged_rows_and_padding(rule):
+@every_params
+def test_ragged_rows_and_padding(params):
     queries, keys = random_inputs(9, 70)
     key_positions = torch.full((BATCH, KV_HEADS, 70), -1)
     for row, length in enumerate((70, 30, 1, 64)):
@@ -74,8 +74,8 @@ def test_ragged_rows_and_padding(rule):
         # the oldest token stays in every row, so that no query is left without a key
         key_positions.view(-1, 70)[row, :length] = torch.cat([torch.zeros(1, dtype=torch.long), kept + 1])
     query_positions = torch.stack([torch.arange(72, 81), torch.tensor([-1, -1, -1, 40, 41, 42, 43, 44, 45])])
-    found = attention_mass(queries, keys, key_positions, query_positions, rule)
-    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, rule))
+    found = attention_mass(queries, keys, key_positions, query_positions, params)
+    torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, params))
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

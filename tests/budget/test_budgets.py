@@ -11,7 +11,7 @@ from pikv.budget.across_layers import AcrossLayersBudget
 from pikv.budget.adaptive import share_by_score
 from pikv.budget.amount import Amount
 from pikv.budget.base import ScoredLayer
-from pikv.budget.heads import HeadBudget
+from pikv.budget.heads import StreamingHeadBudget
 from pikv.budget.layer_preference import LayerPreferenceBudget, pour
 from pikv.budget.pyramid import pyramid_counts
 from pikv.budget.select import select
@@ -35,27 +35,27 @@ def test_select_takes_the_best_and_exactly_as_many_as_it_may(lengths, shares):
 class View:
     """As much of a layer's view as budgets look at."""
 
-    def __init__(self, given, lengths, rank=0, num_layers=1):
-        self.given, self.rank, self.num_layers, self.reserved_bytes = torch.tensor(given), rank, num_layers, 0
+    def __init__(self, num_given, lengths, rank=0, num_layers=1):
+        self.num_given, self.rank, self.num_layers, self.reserved_bytes = torch.tensor(num_given), rank, num_layers, 0
         self.kept = type("Kept", (), {"lengths": torch.tensor(lengths), "bytes_per_token": 128})
-        self.allotted = None
+        self.budget = None
 
 
-def wanted(budget, given, **place):
-    return budget.wanted(View(given, given, **place)).tolist()
+def target_lengths(budget, num_given, **place):
+    return budget.target_lengths(View(num_given, num_given, **place)).tolist()
 
 
 def test_uniform_counts_refer_to_what_was_given():
-    given = [[100, 100], [7, 7]]
-    assert wanted(UniformBudget(Amount(0.5)), given) == [[50, 50], [4, 4]]
-    assert wanted(UniformBudget(Amount(tokens=40)), given) == [[40, 40], [7, 7]]
-    assert wanted(UniformBudget(Amount(0.0)), given) == given
-    assert [UniformBudget(Amount(0.9)).smallest(n) for n in (4, 5, 6, 100)] == [0, 0, 1, 10]
+    num_given = [[100, 100], [7, 7]]
+    assert target_lengths(UniformBudget(Amount(0.5)), num_given) == [[50, 50], [4, 4]]
+    assert target_lengths(UniformBudget(Amount(tokens=40)), num_given) == [[40, 40], [7, 7]]
+    assert target_lengths(UniformBudget(Amount(0.0)), num_given) == num_given
+    assert [UniformBudget(Amount(0.9)).min_kept(n) for n in (4, 5, 6, 100)] == [0, 0, 1, 10]
 
 
 @given(max_bytes=st.integers(10_000, 10_000_000), num_layers=st.integers(1, 5))
 def test_bytes_for_the_whole_cache_hold_what_is_stored(max_bytes, num_layers):
-    (count, _), _ = wanted(UniformBudget(Amount(max_bytes=max_bytes)), [[10_000] * 2] * 2, num_layers=num_layers)
+    (count, _), _ = target_lengths(UniformBudget(Amount(max_bytes=max_bytes)), [[10_000] * 2] * 2, num_layers=num_layers)
     stored = num_layers * 4 * first_capacity(count) * (128 + 4)
     assert stored <= max_bytes
     one_more = num_layers * 4 * first_capacity(count + 2) * (128 + 4)
@@ -64,7 +64,7 @@ def test_bytes_for_the_whole_cache_hold_what_is_stored(max_bytes, num_layers):
 
 def test_too_few_bytes_for_a_token_are_refused():
     with pytest.raises(ValueError, match="leaves no token for each of 3 layers of 2 rows"):
-        wanted(UniformBudget(Amount(max_bytes=700)), [[10, 10]], num_layers=3)
+        target_lengths(UniformBudget(Amount(max_bytes=700)), [[10, 10]], num_layers=3)
 
 
 @pytest.mark.parametrize("bad", [dict(ratio=1.0), dict(tokens=0), dict(max_bytes=0), dict(tokens=4, max_bytes=900)])
@@ -73,12 +73,12 @@ def test_impossible_amounts(bad):
         Amount(**bad)
 
 
-@given(mean=st.integers(1, 900), given=st.integers(2, 1000), layers=st.integers(1, 40), window=st.integers(1, 64))
-def test_a_pyramid_falls_in_even_steps_and_its_sum_is_exact(mean, given, layers, window):
-    mean = min(mean, given)
-    counts = pyramid_counts(mean, given, layers, window, beta=20)
+@given(mean=st.integers(1, 900), num_given=st.integers(2, 1000), layers=st.integers(1, 40), window=st.integers(1, 64))
+def test_a_pyramid_falls_in_even_steps_and_its_sum_is_exact(mean, num_given, layers, window):
+    mean = min(mean, num_given)
+    counts = pyramid_counts(mean, num_given, layers, window, beta=20)
     assert sum(counts) == mean * layers
-    assert all(1 <= count <= given for count in counts)
+    assert all(1 <= count <= num_given for count in counts)
     steps = [a - b for a, b in itertools.pairwise(counts)]
     assert not steps or max(steps) - min(steps) <= 2
     assert min(steps, default=0) >= -1
@@ -106,7 +106,7 @@ def test_adaptive_heads_keep_the_best_of_all_heads(data):
         assert counts[b].tolist() == expected
 
 
-def scored_layers(*lengths, scores=None, preference=None, wanted=10):
+def scored_layers(*lengths, scores=None, preference=None, target_lengths=10):
     generator = torch.Generator().manual_seed(0)
     layers = []
     for index, length in enumerate(lengths):
@@ -115,7 +115,7 @@ def scored_layers(*lengths, scores=None, preference=None, wanted=10):
                 layer_idx=index,
                 scores=torch.rand(1, 2, length, generator=generator),
                 lengths=torch.full((1, 2), length),
-                wanted=torch.full((1, 2), wanted),
+                target_lengths=torch.full((1, 2), target_lengths),
                 num_protected=torch.zeros(1, 2, dtype=torch.long),
                 preference=None if preference is None else torch.tensor([preference[index]]),
             )
@@ -163,11 +163,11 @@ def test_pouring_is_exact_and_never_overflows(total, capacities, seed):
 
 @given(ratio=st.floats(0, 0.89), length=st.integers(30, 5000))
 def test_streaming_heads_meet_the_ratio_as_closely_as_whole_heads_can(ratio, length):
-    budget = HeadBudget(torch.rand(5, 8), ratio=ratio, sink_size=1, recent_size=2)
+    budget = StreamingHeadBudget(torch.rand(5, 8), ratio=ratio, sink_size=1, recent_size=2)
     removed = budget.num_streaming(length) * (length - 3) / (40 * length)
     assert abs(removed - min(ratio, 1 - 3 / length)) <= 0.5 * (1 - 3 / length) / 40 + 1e-9
 
 
 def test_every_sequence_has_its_own_number_of_streaming_heads():
-    budget = HeadBudget(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), ratio=0.5, sink_size=2, recent_size=8)
-    assert wanted(budget, [[1000] * 4, [20] * 4]) == [[10, 10, 1000, 1000], [10, 10, 10, 10]]
+    budget = StreamingHeadBudget(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), ratio=0.5, sink_size=2, recent_size=8)
+    assert target_lengths(budget, [[1000] * 4, [20] * 4]) == [[10, 10, 1000, 1000], [10, 10, 10, 10]]

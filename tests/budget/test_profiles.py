@@ -11,7 +11,7 @@ from calibrated import random_calibration
 from pikv import PiKVCache
 from pikv.budget.amount import Amount
 from pikv.budget.profiles import NUM_CELLS, ProfileBudget, profile_of, share_by_profile
-from pikv.presses import ComposedPress, HeadBudgetPress, KnormPress, StreamingLLMPress
+from pikv.presses import ComposedPress, KnormPress, ProfileBudgetPress, StreamingLLMPress
 from tiny import batch_of, build
 
 
@@ -23,24 +23,24 @@ def shares(draw):
     profiles = torch.rand(layers, heads, cells, generator=generator) * torch.rand(layers, heads, 1, generator=generator)
     if draw(st.booleans()):
         profiles = (profiles * draw(st.integers(1, 5))).floor()
-    given = draw(st.integers(1, 3000))
-    return profiles.sort(dim=-1, descending=True).values, given, draw(st.integers(1, given)), draw(st.integers(1, 100))
+    num_given = draw(st.integers(1, 3000))
+    return profiles.sort(dim=-1, descending=True).values, num_given, draw(st.integers(1, num_given)), draw(st.integers(1, 100))
 
 
 @given(shares())
 def test_the_sum_is_exact_and_bounds_hold(drawn):
-    profiles, given, mean, window = drawn
-    counts = share_by_profile(profiles, given, mean, window)
+    profiles, num_given, mean, window = drawn
+    counts = share_by_profile(profiles, num_given, mean, window)
     assert counts.shape == profiles.shape[:2]
     assert int(counts.sum()) == mean * counts.numel()
     assert int(counts.min()) >= min(window, -(-mean // 3))
-    assert int(counts.max()) <= given
+    assert int(counts.max()) <= num_given
 
 
 @given(shares())
 def test_who_is_wanted_more_never_gets_less(drawn):
-    profiles, given, mean, window = drawn
-    counts = share_by_profile(profiles, given, mean, window).flatten().tolist()
+    profiles, num_given, mean, window = drawn
+    counts = share_by_profile(profiles, num_given, mean, window).flatten().tolist()
     flat = profiles.flatten(0, 1)
     for one, more in zip(flat, counts, strict=True):
         for other, less in zip(flat, counts, strict=True):
@@ -50,10 +50,10 @@ def test_who_is_wanted_more_never_gets_less(drawn):
                 assert more >= less
 
 
-def slow_shares(profiles, given, mean, window):
+def slow_shares(profiles, num_given, mean, window):
     """Before whole tokens: every cell's tokens one after the other, the most wanted first, without ties."""
     floor, flat = min(window, -(-mean // 3)), profiles.flatten(0, 1)
-    free, width = (mean - floor) * len(flat), (given - floor) / profiles.shape[2]
+    free, width = (mean - floor) * len(flat), (num_given - floor) / profiles.shape[2]
     found = [float(floor)] * len(flat)
     for _, head in sorted(((float(value), head) for head, row in enumerate(flat) for value in row), reverse=True):
         found[head] += min(width, free)
@@ -62,12 +62,12 @@ def slow_shares(profiles, given, mean, window):
 
 
 @given(st.integers(0, 500), st.integers(1, 2000), st.data())
-def test_the_least_wanted_go_first(seed, given, data):
+def test_the_least_wanted_go_first(seed, num_given, data):
     generator = torch.Generator().manual_seed(seed)
     profiles = torch.rand(3, 2, 16, generator=generator).sort(dim=-1, descending=True).values
-    mean = data.draw(st.integers(1, given))
-    counts = share_by_profile(profiles, given, mean, 20).flatten().tolist()
-    for count, share in zip(counts, slow_shares(profiles, given, mean, 20), strict=True):
+    mean = data.draw(st.integers(1, num_given))
+    counts = share_by_profile(profiles, num_given, mean, 20).flatten().tolist()
+    for count, share in zip(counts, slow_shares(profiles, num_given, mean, 20), strict=True):
         assert abs(count - share) < 1 + 1e-9
 
 
@@ -121,7 +121,7 @@ def totals(model, press, lengths, turns=1):
 def test_a_press_keeps_exactly_what_equal_shares_would(lengths, amount, ends, turns):
     model, calibration = _model_and_calibration()
     inner = KnormPress(amount) if isinstance(amount, float) else KnormPress(budget=amount)
-    press = HeadBudgetPress(inner, calibration=calibration, sink_size=ends[0], recent_size=ends[1])
+    press = ProfileBudgetPress(inner, calibration=calibration, sink_size=ends[0], recent_size=ends[1])
     counts, found = totals(model, press, lengths, turns)
     amount = Amount(amount) if isinstance(amount, float) else Amount(tokens=amount)
     for number, length in enumerate(lengths):
@@ -140,7 +140,7 @@ def _model_and_calibration():
 
 
 def test_every_sequence_of_a_padded_batch_keeps_what_it_keeps_alone(llama):
-    press = HeadBudgetPress(KnormPress(0.6), calibration=random_calibration(llama, kinds=()))
+    press = ProfileBudgetPress(KnormPress(0.6), calibration=random_calibration(llama, kinds=()))
     together, _ = totals(llama, press, (60, 33, 47))
     for number, length in enumerate((60, 33, 47)):
         alone, _ = totals(llama, press, (length,))
@@ -150,8 +150,8 @@ def test_every_sequence_of_a_padded_batch_keeps_what_it_keeps_alone(llama):
 
 def test_a_second_stage_takes_the_same_share_of_every_head(llama):
     calibration = random_calibration(llama, kinds=())
-    first = HeadBudgetPress(KnormPress(0.5), calibration=calibration)
-    second = HeadBudgetPress(KnormPress(0.25), calibration=calibration)
+    first = ProfileBudgetPress(KnormPress(0.5), calibration=calibration)
+    second = ProfileBudgetPress(KnormPress(0.25), calibration=calibration)
     before, _ = totals(llama, first, (64,))
     after, _ = totals(llama, ComposedPress([first, second]), (64,))
     assert torch.equal(after, (before.double() * 0.75).round().long())
@@ -161,6 +161,6 @@ def test_a_second_stage_takes_the_same_share_of_every_head(llama):
 
 def test_no_window_still_leaves_every_head_a_token(llama):
     calibration = random_calibration(llama, kinds=())
-    counts, _ = totals(llama, HeadBudgetPress(KnormPress(0.9), calibration=calibration, sink_size=0, recent_size=0), (40,))
+    counts, _ = totals(llama, ProfileBudgetPress(KnormPress(0.9), calibration=calibration, sink_size=0, recent_size=0), (40,))
     assert int(counts.min()) >= 1
-    assert ProfileBudget(torch.ones(1, 1, 2), Amount(0.9), 0).smallest(40) == 1
+    assert ProfileBudget(torch.ones(1, 1, 2), Amount(0.9), 0).min_kept(40) == 1

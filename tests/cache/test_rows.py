@@ -17,9 +17,9 @@ class ListRows:
     def __init__(self, batch, heads):
         self.heads, self.rows, self.seen = heads, [[] for _ in range(batch * heads)], [0] * batch
 
-    def append(self, keys, values, real):
+    def append(self, keys, values, is_token):
         for b in range(len(self.seen)):
-            for column in real[b].nonzero().flatten().tolist():
+            for column in is_token[b].nonzero().flatten().tolist():
                 for g in range(self.heads):
                     token = (self.seen[b], keys[b, g, column].tolist(), values[b, g, column].tolist())
                     self.rows[b * self.heads + g].append(token)
@@ -31,7 +31,7 @@ class ListRows:
 
 def assert_same(rows, expected):
     rows.check_integrity()
-    padded, positions = rows.padded(), rows.positions()
+    padded, positions = rows.kept(), rows.positions()
     for r, row in enumerate(expected.rows):
         b, g = divmod(r, expected.heads)
         assert int(rows.lengths[b, g]) == len(row)
@@ -53,9 +53,9 @@ def test_any_sequence_of_appends_and_evictions(data, batch, heads):
         num_new = data.draw(st.integers(1, 40))
         keys = torch.randn(batch, heads, num_new, DIM, generator=generator)
         values = torch.randn(batch, heads, num_new, DIM, generator=generator)
-        real = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.4, 1.0]))
-        rows.append(keys, values, None if bool(real.all()) else real)
-        expected.append(keys, values, real)
+        is_token = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.4, 1.0]))
+        rows.append(keys, values, None if bool(is_token.all()) else is_token)
+        expected.append(keys, values, is_token)
         assert_same(rows, expected)
         if data.draw(st.booleans()):
             indices = []
@@ -77,7 +77,7 @@ def full_rows(length, batch=1, heads=2):
 def test_equal_rows_are_one_dense_view():
     rows = full_rows(100)
     assert len(rows.blocks) == 1
-    assert rows.padded().keys.data_ptr() == rows.blocks[0].keys.data_ptr()
+    assert rows.kept().keys.data_ptr() == rows.blocks[0].keys.data_ptr()
 
 
 def test_two_lengths_are_two_blocks():

@@ -88,7 +88,7 @@ def test_the_view_knows_nothing_of_what_comes_later(model):
             assert view.seen.tolist() == [CONTEXT]
             assert view.queries.shape[2] == view.hidden_states.shape[1] == view.kept.keys.shape[2] == CONTEXT
             assert bool((view.kept.positions == torch.arange(CONTEXT)).all())
-        for name in ("queries", "hidden_states", "real"):
+        for name in ("queries", "hidden_states", "is_token"):
             assert torch.equal(getattr(one.view, name), getattr(two.view, name))
         assert torch.equal(one.view.kept.keys, two.view.kept.keys)
         assert torch.equal(one.view.kept.values, two.view.kept.values)

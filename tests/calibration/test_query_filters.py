@@ -13,8 +13,7 @@ def queries_of(model, ids):
     """Queries after RoPE by layer, of each KV head's group together, ``[G, n, D]``."""
     found = {}
 
-    def after_attention(observed):
-        call = observed.call
+    def after_attention(call):
         found[call.layer_idx] = call.queries[0].unflatten(0, (call.rows.num_kv_heads, -1)).flatten(1, 2).double()
 
     with torch.no_grad(), observe(model, after_attention=after_attention):
@@ -48,10 +47,9 @@ def test_keys_along_a_filter_draw_more_attention(demo):
     filters = find_query_filters(model, tokenizer)
     found = {}
 
-    def after_attention(observed):
-        call = observed.call
+    def after_attention(call):
         queries = call.queries[0].unflatten(0, (call.rows.num_kv_heads, -1)).flatten(1, 2).mean(1)
-        keys = call.rows.padded().keys[0]
+        keys = call.rows.kept().keys[0]
         found[call.layer_idx] = torch.stack(
             [
                 torch.corrcoef(torch.stack([keys[g] @ queries[g], keys[g] @ filters[call.layer_idx, g]]))[0, 1]

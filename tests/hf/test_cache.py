@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from pikv import PiKVCache
-from pikv.cache.notes import Note
+from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.hf.attention import Observer, add_observer, remove_observer
 from pikv.presses import KnormPress, NoCompressionPress, SnapKVPress
@@ -151,21 +151,21 @@ def test_notes_live_as_long_as_the_tokens_they_are_about(llama):
     cache = PiKVCache(llama.config)
     layer = cache.layers[1]
     given = []
-    observer = Observer(notify=lambda call: given.append(call.notes))
+    observer = Observer(notify=lambda call: given.append(call.state))
     add_observer(llama.model.layers[1].self_attn, observer)
     llama(batch_of([20])[0], past_key_values=cache)
     remove_observer(llama.model.layers[1].self_attn, observer)
     assert given == [{}]
-    assert given[0] is layer.notes
-    note = Note(seen=20)
-    layer.notes["owner"] = note
+    assert given[0] is layer.state
+    note = RowState(seen=20)
+    layer.state["owner"] = note
     cache.crop(20)
-    assert layer.notes == {"owner": note}
+    assert layer.state == {"owner": note}
     cache.crop(-1)
-    assert layer.notes == {}
-    layer.notes["owner"] = note
+    assert layer.state == {}
+    layer.state["owner"] = note
     cache.reset()
-    assert layer.notes == {}
+    assert layer.state == {}
 
 
 def read(model, cache, length, seed=0):
@@ -214,11 +214,11 @@ def test_room_to_grow_is_given_back():
     rows = RaggedRows(1, 2, torch.empty(0, 4), torch.empty(0, 4))
     for length in (100, 30):
         rows.append(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4))
-    before = rows.padded().keys.clone()
+    before = rows.kept().keys.clone()
     assert rows.nbytes > 1.05 * rows.dense_nbytes
     rows.fit()
     assert rows.nbytes <= 1.01 * rows.dense_nbytes
-    assert torch.equal(rows.padded().keys, before)
+    assert torch.equal(rows.kept().keys, before)
 
 
 def test_a_ready_made_mask_is_refused(llama):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv.hf.identity import check_same_model, facts_of, fingerprint, is_same_fingerprint
+from pikv.hf.identity import check_same_model, fingerprint, is_same_fingerprint, model_signature
 from pikv.hf.support import attention_modules
 from tiny import FAMILIES, build
 
@@ -66,10 +66,10 @@ def test_the_weights_stay_where_they_are(llama):
 
 
 def test_facts_are_those_of_arithmetic(llama):
-    facts = facts_of(llama.config)
-    check_same_model(facts, facts_of(build("llama", torch.bfloat16).config))
-    check_same_model(facts, facts_of(build("llama", attention_dropout=0.5).config))
+    facts = model_signature(llama.config)
+    check_same_model(facts, model_signature(build("llama", torch.bfloat16).config))
+    check_same_model(facts, model_signature(build("llama", attention_dropout=0.5).config))
     with pytest.raises(ValueError, match="made for llama with rms_norm_eps=1e-06, this model has"):
-        check_same_model(facts, facts_of(build("llama", rms_norm_eps=0.1).config))
+        check_same_model(facts, model_signature(build("llama", rms_norm_eps=0.1).config))
     with pytest.raises(ValueError, match="made for llama, this model is opt"):
-        check_same_model(facts, facts_of(build("opt").config))
+        check_same_model(facts, model_signature(build("opt").config))

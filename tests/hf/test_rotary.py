@@ -44,8 +44,8 @@ def attention_inputs(model, ids, **inputs):
     """Queries and keys as attention gets them, by layer."""
     found = {}
 
-    def after_attention(observed):
-        found[observed.call.layer_idx] = observed.call.queries, observed.call.rows.padded().keys
+    def after_attention(call):
+        found[call.layer_idx] = call.queries, call.rows.kept().keys
 
     with observe(model, after_attention=after_attention):
         model(ids, past_key_values=PiKVCache(model.config), **inputs)

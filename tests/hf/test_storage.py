@@ -15,9 +15,9 @@ from transformers import LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pikv import PiKVCache
-from pikv.hf.identity import check_same_model, facts_of
+from pikv.hf.forward_pass import ForwardPass
+from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.layers import PiKVLayer
-from pikv.hf.step import Step
 from pikv.hf.storage import pack_layer, read_layers, unpack_layer, write_layers
 from pikv.presses import SnapKVPress
 from tiny import batch_of, build
@@ -90,7 +90,7 @@ def assert_same(found, expected):
     assert (found.nbytes, found.dense_nbytes) == (expected.nbytes, expected.dense_nbytes)
     assert len(found) == len(expected)
     for layer in range(len(expected)):
-        one, other = found.rows(layer).padded(), expected.rows(layer).padded()
+        one, other = found.rows(layer).kept(), expected.rows(layer).kept()
         for name in ("keys", "values", "positions", "lengths"):
             assert getattr(one, name).dtype == getattr(other, name).dtype
             assert torch.equal(getattr(one, name), getattr(other, name))
@@ -191,11 +191,11 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     cache = PiKVCache(config)
 
-    def append(cache, num_new, real, seed):
-        cache.layers[0].step.serial += 1
+    def append(cache, num_new, is_token, seed):
+        cache.layers[0].forward_pass.serial += 1
         for layer in cache.layers:
             layer.get_mask_sizes(num_new)
-        cache.step.real = real
+        cache.forward_pass.is_token = is_token
         tokens = torch.randn(2, batch, heads, num_new, 4, generator=torch.Generator().manual_seed(seed))
         for layer in cache.layers:
             layer.is_handed_over = False
@@ -203,8 +203,8 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
 
     for turn in range(data.draw(st.integers(1, 3))):
         num_new = data.draw(st.integers(1, 30))
-        real = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
-        append(cache, num_new, None if bool(real.all()) else real, turn)
+        is_token = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+        append(cache, num_new, None if bool(is_token.all()) else is_token, turn)
         for layer in range(2):
             share = torch.rand(batch * heads, generator=generator).round(decimals=1)
             lengths = lengths_of(cache.rows(layer))
@@ -252,15 +252,15 @@ def test_a_sliding_layer_is_had_back(num_tokens):
 
 def test_layers_of_two_kinds_share_a_file(tmp_path):
     config = LlamaConfig(num_hidden_layers=2)
-    step = Step()
+    forward_pass = ForwardPass()
 
     def new():
-        return [PiKVLayer(step), DynamicSlidingWindowLayer(sliding_window=8)]
+        return [PiKVLayer(forward_pass), DynamicSlidingWindowLayer(sliding_window=8)]
 
     tokens = torch.randn(2, 2, 3, 12, 4)
     layers = new()
     layers[0].get_mask_sizes(12)
-    step.begin(None)
+    forward_pass.begin(None)
     for layer in layers:
         layer.update(*tokens)
     write_layers(tmp_path / "cache", layers, config)
@@ -269,7 +269,7 @@ def test_layers_of_two_kinds_share_a_file(tmp_path):
     assert [packed.kind for packed in saved] == ["ragged", "sliding"]
     for layer, packed in zip(loaded, saved, strict=True):
         unpack_layer(layer, packed, "cpu")
-    assert torch.equal(loaded[0].rows.padded().keys, tokens[0])
+    assert torch.equal(loaded[0].rows.kept().keys, tokens[0])
     assert torch.equal(loaded[1].values, tokens[1][:, :, -7:])
     assert loaded[1].cumulative_length == 12
     with pytest.raises(ValueError, match="a sliding layer was saved where this model has a ragged layer"):
@@ -355,7 +355,7 @@ def test_a_model_of_another_kind_is_refused(llama, tmp_path):
 
 
 def test_what_says_nothing_about_keys_may_differ(llama, tmp_path):
-    facts = facts_of(llama.config)
+    facts = model_signature(llama.config)
     assert facts.keys() >= {
         "model_type",
         "num_hidden_layers",

@@ -12,7 +12,7 @@ from peer import our_kept, peer_kept
 
 from pikv import presses
 from pikv.budget.pyramid import pyramid_counts
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 from pikv.scoring.observed import ObservedAttentionScorer
 from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of, build

@@ -10,7 +10,7 @@ from calibrated import RandomlyCalibrated
 from pikv import PiKVCache
 from pikv.budget.amount import Amount
 from pikv.budget.uniform import UniformBudget
-from pikv.presses import AdaKVPress, HeadBudgetPress, ProtectedPress, ScorerPress
+from pikv.presses import AdaKVPress, ProfileBudgetPress, ProtectedPress, ScorerPress
 from pikv.presses.wrapper import WrapperPress
 from tiny import batch_of, build
 
@@ -22,7 +22,7 @@ def with_uniform_budget():
     cases = []
     for name, make in PRESSES.items():
         press = make()
-        if isinstance(press, AdaKVPress | ProtectedPress | HeadBudgetPress | RandomlyCalibrated):
+        if isinstance(press, AdaKVPress | ProtectedPress | ProfileBudgetPress | RandomlyCalibrated):
             continue
         inner = press.press if isinstance(press, WrapperPress) else press
         if isinstance(inner, ScorerPress) and isinstance(inner.budget, UniformBudget):

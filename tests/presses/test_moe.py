@@ -1,12 +1,14 @@
 """MoERouterPress: weighted votes, exact budgets, statistics that were measured, and every call that its guide shows."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from calibrated import RandomlyCalibrated, random_calibration
 from pikv import PiKVCache, get_press
+from pikv.core import LayerView
 from pikv.experiments.run import continue_greedily, forward
 from pikv.hf.hooks import observe
 from pikv.presses import (
@@ -14,10 +16,10 @@ from pikv.presses import (
     ChunkPress,
     ComposedPress,
     DuoAttentionPress,
-    HeadBudgetPress,
     KnormPress,
     MoERouterPress,
     NoCompressionPress,
+    ProfileBudgetPress,
     ProtectedPress,
     SnapKVPress,
 )
@@ -26,7 +28,6 @@ from pikv.routing.factory import ROUTERS
 from pikv.routing.panel import mixture_of
 from pikv.scoring.experts import EXPERTS, EndsExpert, FunctionExpert
 from pikv.scoring.position import ends_first
-from pikv.scoring.views import view_of
 from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of
 
@@ -391,6 +392,19 @@ def test_strategies_of_ones_own(llama):
 
 
 @uncalibrated
+def test_strategies_are_told_how_experts_are_weighed(llama):
+    names = ("ultra_aggressive", "semantic_aware", "temporal_aware", "every_third")
+    experts = {name: EndsExpert(0.5, 0.5) for name in names}
+    press = CustomMoERouterPress(calibration=random_calibration(llama, kinds=("pikv",), experts=experts))
+    run(llama, press)
+    assert press.get_stats()["calibrated"] is True
+    for start in range(0, len(press.asked), 4):  # the four strategies of one layer
+        (first, *others) = [probs for _, _, probs in press.asked[start : start + 4]]
+        assert all(torch.equal(first, other) for other in others)
+        assert 0 < float(first.sum()) <= 1 + 1e-6
+        assert float(first.std()) > 1e-3  # not evenly
+
+
 def test_a_strategy_nobody_knows_keeps_what_the_subclass_keeps(llama):
     """In a padded batch the rows of each length are asked for by themselves."""
 
@@ -416,9 +430,9 @@ def test_scores_are_what_it_keeps_by(llama):
     cache = run(llama, press)
     panels, views = random_calibration(llama).build(llama, "hierarchical", 2), {}
 
-    def look(observed):
-        layer = observed.call.layer_idx
-        views[layer] = view_of(observed, rank=layer, num_layers=3, notes={})
+    def look(call):
+        layer = call.layer_idx
+        views[layer] = LayerView.of(replace(call, state={}), rank=layer, num_layers=3)
         view = views[layer]
         mixture = mixture_of(panels[layer].router.route(view.hidden_states))
         votes = torch.stack([expert.votes(view) for expert in press.experts.values()], dim=-1)
@@ -436,7 +450,7 @@ def test_scores_are_what_it_keeps_by(llama):
         lambda press: AdaKVPress(press),
         lambda press: ChunkPress(press, chunk_length=16),
         lambda press: ProtectedPress(press, [(20, 25)]),
-        lambda press: HeadBudgetPress(press, calibration=press.calibration),
+        lambda press: ProfileBudgetPress(press, calibration=press.calibration),
         lambda press: ComposedPress([press, KnormPress(0.2)]),
         lambda press: ComposedPress([KnormPress(0.2), press]),
         lambda press: ComposedPress([press, DuoAttentionPress(0.1, sink_size=2, recent_size=4)]),
@@ -456,7 +470,7 @@ def test_with_other_presses(llama, wrap):
 def test_head_budgets_of_a_calibration_for_other_presses(llama, tmp_path):
     calibration = random_calibration(llama)
     calibration.save(tmp_path / "mine.safetensors")
-    press = HeadBudgetPress(SnapKVPress(0.6, window_size=4), calibration=tmp_path / "mine.safetensors")
+    press = ProfileBudgetPress(SnapKVPress(0.6, window_size=4), calibration=tmp_path / "mine.safetensors")
     cache = run(llama, press)
     routed = run(llama, MoERouterPress(0.6, calibration=calibration))
     for layer in range(3):
@@ -464,9 +478,9 @@ def test_head_budgets_of_a_calibration_for_other_presses(llama, tmp_path):
     assert kept(cache) != kept(routed)
     assert all(set(row) >= {0, 1, 2, 3, 56, 57, 58, 59} for row in kept(cache))
     by_name = get_press("headwise(knorm):0.6", calibration=calibration)
-    assert isinstance(by_name, HeadBudgetPress)
+    assert isinstance(by_name, ProfileBudgetPress)
     assert by_name.compression_ratio == 0.6
-    assert kept(run(llama, by_name)) == kept(run(llama, HeadBudgetPress(KnormPress(0.6), calibration=calibration)))
+    assert kept(run(llama, by_name)) == kept(run(llama, ProfileBudgetPress(KnormPress(0.6), calibration=calibration)))
 
 
 @uncalibrated
@@ -475,9 +489,9 @@ def test_head_budgets_need_a_calibration(llama):
         with pytest.raises(ValueError, match="head budgets need a calibration of this model; `pikv calibrate` makes one"):
             run(llama, get_press(spec))
     with pytest.raises(ValueError, match="at least 0"):
-        HeadBudgetPress(KnormPress(0.5), sink_size=-1)
+        ProfileBudgetPress(KnormPress(0.5), sink_size=-1)
     with pytest.raises(ValueError, match="needs a press"):
-        HeadBudgetPress(0.5)
+        ProfileBudgetPress(0.5)
 
 
 def test_the_helper_for_the_matrix_is_calibrated(llama):

@@ -14,7 +14,7 @@ from pikv import PiKVCache
 from pikv.calibration.future import read_lesson
 from pikv.calibration.heads import save_head_scores
 from pikv.calibration.lessons import make_lessons
-from pikv.hf.identity import facts_of
+from pikv.hf.identity import model_signature
 from pikv.presses import MoERouterPress
 from pikv.routing import Calibration, calibrate, calibration_of, use_calibration
 from pikv.routing.calibration import FILE_NAME
@@ -393,7 +393,7 @@ def test_the_demo_model_has_one_of_all_kinds(demo):
     assert calibration is not None
     assert set(calibration.panels) == set(ROUTERS)
     assert calibration.experts == tuple(default_experts())
-    assert facts_of(model.config) == calibration.facts
+    assert model_signature(model.config) == calibration.facts
     ids = batch_of([100], vocabulary=400)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,8 +6,8 @@ import torch
 from calibrated import random_calibration
 from pikv import PiKVCache
 from pikv.calibration.future import Lesson, read_lesson
-from pikv.presses import MoERouterPress, NoCompressionPress
-from pikv.routing import PiKVRouter, create_moe_router
+from pikv.presses import DecodingPress, MoERouterPress, NoCompressionPress, PrefillDecodingPress
+from pikv.routing import EPLBRouter, PiKVRouter, create_moe_router
 from pikv.routing.factory import ROUTERS
 from pikv.routing.memory import Hits, Mixtures
 from pikv.routing.panel import VotePanel, mixture_of
@@ -43,7 +43,7 @@ def kept(cache, sequence=0):
 
 def mixtures_of(cache, layer=0):
     """The notes of weights, pass by pass."""
-    return [note for note in cache.notes(layer).values() if isinstance(note, Mixtures)]
+    return [note for note in cache.state(layer).values() if isinstance(note, Mixtures)]
 
 
 def weights_of(cache, layer, sequence):
@@ -166,10 +166,10 @@ def test_one_press_on_two_caches_is_as_good_as_two(llama, kind):
         alone = read(llama, calibrated_press(llama, kind), texts[name])
         assert kept(caches[name]) == kept(alone)
         for layer in range(3):
-            for key, note in alone.notes(layer).items():
+            for key, note in alone.state(layer).items():
                 if isinstance(note, Hits):
-                    assert torch.equal(caches[name].notes(layer)[key].kept, note.kept)
-                    assert torch.equal(caches[name].notes(layer)[key].total, note.total)
+                    assert torch.equal(caches[name].state(layer)[key].kept, note.kept)
+                    assert torch.equal(caches[name].state(layer)[key].total, note.total)
 
 
 def test_hit_rates_are_measured_by_sequence_and_decide_with_the_pikv_router(llama, monkeypatch):
@@ -184,7 +184,7 @@ def test_hit_rates_are_measured_by_sequence_and_decide_with_the_pikv_router(llam
     press = calibrated_press(llama, "pikv", head_budgets=False, capacity_factor=4.0)  # no token goes without an expert
     cache = read(llama, press, [batch_of([40, 25])])
     assert given == [None] * 6  # nothing was measured yet
-    hits = [cache.notes(layer)[HITS] for layer in range(3)]
+    hits = [cache.state(layer)[HITS] for layer in range(3)]
     rates = [note.kept / note.total for note in hits]
     for note in hits:
         # The mean attention of 32 queries, or of 25, adds up to 1 in each of four heads.
@@ -197,7 +197,7 @@ def test_hit_rates_are_measured_by_sequence_and_decide_with_the_pikv_router(llam
         assert torch.equal(found, rates[number // 2][number % 2])
     assert not torch.allclose(rates[0][0], rates[0][1])
     for layer, before in enumerate(hits):
-        now = cache.notes(layer)[HITS]
+        now = cache.state(layer)[HITS]
         torch.testing.assert_close(now.total.sum(1), torch.full((2,), 8.0))
         assert bool((now.kept >= before.kept).all())
 
@@ -230,7 +230,7 @@ def test_going_back_drops_what_was_noted_since(llama):
     assert [note.seen for note in mixtures_of(cache)] == [60, 62]
     cache.rewind(mark)
     assert cache.lengths(0).tolist() == [[12] * 4, [10] * 4]
-    assert not [note for note in cache.notes(0).values() if note.seen > 60]
+    assert not [note for note in cache.state(0).values() if note.seen > 60]
     for b in range(2):  # what is still there is still known
         assert set(weights_of(cache, 0, b)) == {position for row in cache.positions(0)[b] for position in row.tolist()}
     read(llama, press, [batch_of([9, 30], seed=1)], cache, seen=mask)
@@ -262,6 +262,24 @@ def test_what_is_read_while_nothing_is_evicted_is_routed_all_the_same(llama):
     assert all(torch.equal(noted[position], weights) for position, weights in weights_of(cache, 0, 0).items() if position < 40)
 
 
+def test_a_context_is_routed_once_for_two_stages_and_old_notes_go(llama, monkeypatch):
+    """One press for reading and decoding: what the one routed the other need not; notes without tokens are dropped."""
+    routed = []
+    route = EPLBRouter.route
+    monkeypatch.setattr(EPLBRouter, "route", lambda self, hidden, info=None: routed.append(1) or route(self, hidden, info))
+    inner = calibrated_press(llama, "eplb", head_budgets=False, recent_size=2)
+    press = PrefillDecodingPress(inner, DecodingPress(inner, target_size=8, compression_interval=4))
+    ids, mask = batch_of([40])
+    cache = read(llama, press, [(ids, mask)])
+    assert len(routed) == 3  # once a layer
+    for _ in range(24):
+        mask = torch.cat([mask, mask[:, :1]], 1)
+        read(llama, press, [(ids[:, :1], mask[:, :1])], cache, seen=mask[:, :-1])
+    assert cache.lengths(0).max() <= 12
+    assert len(mixtures_of(cache)) <= 8
+    assert all(bool((note.positions >= 0).any()) for note in mixtures_of(cache))
+
+
 def test_tokens_that_were_never_routed_weigh_experts_as_the_others_do(llama):
     press = calibrated_press(llama, "base", head_budgets=False)
     ids, mask = batch_of([30])
@@ -287,7 +305,7 @@ def test_hits_are_counted_for_sequences_that_lost_tokens(llama):
     """Beside a long one, a short sequence that fits decides nothing, as it would alone."""
     press = calibrated_press(llama, "pikv", head_budgets=False, budget=30)
     cache = read(llama, press, [batch_of([20, 50])])
-    hits = cache.notes(0)[HITS]
+    hits = cache.state(0)[HITS]
     assert not bool(hits.total[0].any())
     assert bool(hits.total[1].any())
     assert bool(hits.rates(0).isnan().all())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from views import DIM, HEADS, KV_HEADS, SCALING, attention_of, ragged_view, rows_of
 
-from pikv.attention.rule import AttentionRule
+from pikv.attention.params import AttentionParams
 from pikv.hf.rotary import Rotary
 from pikv.scoring.expected import ExpectedAttentionScorer
 from pikv.scoring.last_query import LastQueryScorer
@@ -15,13 +15,13 @@ from pikv.scoring.noncausal import NonCausalAttentionScorer
 from tiny import build
 
 GROUP = HEADS // KV_HEADS
-RULES = {"plain": AttentionRule(scaling=SCALING), "soft-capped": AttentionRule(scaling=SCALING, softcap=1.5)}
-every_rule = pytest.mark.parametrize("rule", [pytest.param(rule, id=name) for name, rule in RULES.items()])
+RULES = {"plain": AttentionParams(scaling=SCALING), "soft-capped": AttentionParams(scaling=SCALING, softcap=1.5)}
+every_params = pytest.mark.parametrize("params", [pytest.param(params, id=name) for name, params in RULES.items()])
 
 
-def logit(rule, query, key):
-    product = float(query @ key) * rule.scaling
-    return product if rule.softcap is None else math.tanh(product / rule.softcap) * rule.softcap
+def logit(params, query, key):
+    product = float(query @ key) * params.scaling
+    return product if params.softcap is None else math.tanh(product / params.softcap) * params.softcap
 
 
 def softmax(logits):
@@ -36,19 +36,19 @@ def positions_of(view, b, g):
 
 def queries_by_position(view, b):
     """Pairs of position and column of a sequence's real queries."""
-    columns = view.real[b].nonzero().flatten().tolist()
+    columns = view.is_token[b].nonzero().flatten().tolist()
     return list(zip(range(int(view.seen[b]) - len(columns), int(view.seen[b])), columns, strict=True))
 
 
-@every_rule
-def test_the_last_querys_attention_is_the_mean_over_all_heads_of_the_layer(rule):
-    view = replace(ragged_view(), rule=rule)
+@every_params
+def test_the_last_querys_attention_is_the_mean_over_all_heads_of_the_layer(params):
+    view = replace(ragged_view(), params=params)
     scores = LastQueryScorer().score(view)
     for b in range(2):
         paid = {}
         for g in range(KV_HEADS):
             for head in range(g * GROUP, (g + 1) * GROUP):
-                weights = softmax([logit(rule, view.queries[b, head, -1], key) for key in view.kept.keys[b, g] if key.any()])
+                weights = softmax([logit(params, view.queries[b, head, -1], key) for key in view.kept.keys[b, g] if key.any()])
                 for position, weight in zip(positions_of(view, b, g), weights, strict=True):
                     paid[position] = paid.get(position, 0.0) + weight / HEADS
         for g in range(KV_HEADS):
@@ -160,10 +160,10 @@ def test_expected_attention_of_a_context_of_sinks_only_is_finite():
     assert scores.isfinite().all()
 
 
-@every_rule
+@every_params
 @pytest.mark.parametrize("size", [4, 10, 64])
-def test_noncausal_attention_within_chunks(rule, size):
-    view = replace(ragged_view(), rule=rule)
+def test_noncausal_attention_within_chunks(params, size):
+    view = replace(ragged_view(), params=params)
     scores = NonCausalAttentionScorer(size).score(view)
     for b, g, valid in rows_of(view):
         place = positions_of(view, b, g)
@@ -174,7 +174,7 @@ def test_noncausal_attention_within_chunks(rule, size):
             own = [column for position, column in queries if position // size == chunk] or [c for _, c in queries[:size]]
             for head in range(g * GROUP, (g + 1) * GROUP):
                 for column in own:
-                    weights = softmax([logit(rule, view.queries[b, head, column], view.kept.keys[b, g, i]) for i in slots])
+                    weights = softmax([logit(params, view.queries[b, head, column], view.kept.keys[b, g, i]) for i in slots])
                     for i, weight in zip(slots, weights, strict=True):
                         mass[i] += weight / GROUP / len(own) * len(slots)
         weighted = [0.0, *(m * float(v.norm()) for m, v in zip(mass, view.kept.values[b, g], strict=False)), 0.0]

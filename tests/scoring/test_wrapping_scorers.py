@@ -7,7 +7,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 from views import DIM, HEADS, HIDDEN, KV_HEADS, attention_of, ragged_view, rows_of
 
-from pikv.hf.reread import Reread
+from pikv.core import Reread
 from pikv.hf.support import attention_modules
 from pikv.scoring.base import Scorer
 from pikv.scoring.by_chunk import ByChunkScorer
@@ -77,12 +77,12 @@ def test_critical(name, inner):
     view = replace(ragged_view(), module=Attention(name, layer))
     scorer = Given(random_table()) if inner == "given" else KeyNormScorer()
     scores = CriticalScorer(scorer, epsilon=0.1, first_stage_ratio=0.4).score(view)
-    given = scorer.score(view)
+    num_given = scorer.score(view)
     layer.requires_grad_(False)
     nothing = layer(torch.zeros(HEADS * DIM))
     for b, g, valid in rows_of(view):
-        row = given[b, g, valid].tolist()
-        first = sorted(range(len(row)), key=lambda slot: -row[slot])[: int(0.4 * int(view.allotted[b, g]))]
+        row = num_given[b, g, valid].tolist()
+        first = sorted(range(len(row)), key=lambda slot: -row[slot])[: int(0.4 * int(view.budget[b, g]))]
         for slot, score in enumerate(row):
             norm = 0.0
             for head in range(g * GROUP, (g + 1) * GROUP):
@@ -99,7 +99,7 @@ def test_critical_leaves_what_its_scorer_insists_on_and_is_never_nan():
     scores = CriticalScorer(ObservedAttentionScorer(recent_ratio=0.5), first_stage_ratio=0.0).score(view)
     assert not scores.isnan().any()
     for b, g, valid in rows_of(view):
-        recent = int(view.allotted[b, g]) // 2
+        recent = int(view.budget[b, g]) // 2
         assert scores[b, g, valid].isposinf().sum() == recent
         assert scores[b, g, valid][valid.stop - recent :].isposinf().all()
 
@@ -133,12 +133,12 @@ def test_the_output_projection_of_every_family_is_found(family):
     assert output_norms(view).mean(2)[1, 0, 3] == pytest.approx(expected, rel=1e-3)
 
 
-def chunk_order(view, b, given, length):
+def chunk_order(view, b, num_given, length):
     """Chunks, the best first: those with the largest share of infinite scores, then by their mean."""
     chunks = {}
     for g in range(KV_HEADS):
         for slot in range(int(view.kept.lengths[b, g])):
-            chunks.setdefault(int(view.kept.positions[b, g, slot]) // length, []).append(float(given[b, g, slot]))
+            chunks.setdefault(int(view.kept.positions[b, g, slot]) // length, []).append(float(num_given[b, g, slot]))
 
     def value(chunk):
         finite = [0.0 if score == float("inf") else score for score in chunks[chunk]]
@@ -152,11 +152,11 @@ def chunk_order(view, b, given, length):
 def test_whole_chunks_come_in_one_order_for_all_heads(length, inner):
     view = ragged_view()
     scorers = {"given": Given(random_table()), "infinite": ObservedAttentionScorer(0.5), "negative": KeyNormScorer()}
-    given = scorers[inner].score(view)
+    num_given = scorers[inner].score(view)
     scores = WholeChunksScorer(scorers[inner], length).score(view)
     for b, g, valid in rows_of(view):
-        order = chunk_order(view, b, given, length)
-        row = given[b, g, valid].tolist()
+        order = chunk_order(view, b, num_given, length)
+        row = num_given[b, g, valid].tolist()
         chunk = [position // length for position in view.kept.positions[b, g, valid].tolist()]
         expected = sorted(range(len(row)), key=lambda slot: (order.index(chunk[slot]), -row[slot], slot))
         assert scores[b, g, valid].argsort(descending=True, stable=True).tolist() == expected
@@ -190,14 +190,14 @@ def test_by_chunk_shows_a_chunks_tokens_and_queries_only():
             assert (shown.kept.keys[b, g, num:] == 0).all()
             torch.testing.assert_close(shown.reread[b, g, :num], view.reread[b, g, valid][inside])
         for b in range(2):
-            present = view.query_positions[b][view.real[b]]
+            present = view.query_positions[b][view.is_token[b]]
             own = present[(present >= start) & (present < stop)]
             if len(own) == 0 and stop <= int(present[0]):
                 own = present[:length]  # an earlier turn's chunk
-            assert shown.query_positions[b][shown.real[b]].tolist() == own.tolist()
+            assert shown.query_positions[b][shown.is_token[b]].tolist() == own.tolist()
             columns = [view.query_positions[b].tolist().index(position) for position in own.tolist()]
-            torch.testing.assert_close(shown.queries[b][:, shown.real[b]], view.queries[b][:, columns])
-            torch.testing.assert_close(shown.hidden_states[b][shown.real[b]], view.hidden_states[b][columns])
+            torch.testing.assert_close(shown.queries[b][:, shown.is_token[b]], view.queries[b][:, columns])
+            torch.testing.assert_close(shown.hidden_states[b][shown.is_token[b]], view.hidden_states[b][columns])
 
 
 def test_by_chunk_judges_each_chunk_as_if_it_stood_alone():
@@ -215,16 +215,16 @@ def test_by_chunk_judges_each_chunk_as_if_it_stood_alone():
 def test_by_chunk_keeps_the_inner_scorers_notes_by_chunk():
     class Noting(KeyNormScorer):
         def score(self, view):
-            view.notes.setdefault("marks", []).append(int(view.kept.positions.max()) // 10)
+            view.state.setdefault("marks", []).append(int(view.kept.positions.max()) // 10)
             return super().score(view)
 
     view = ragged_view()
     scorer = ByChunkScorer(Noting(), 10)
     scorer.score(view)
     scorer.score(view)
-    (note,) = view.notes.values()
+    (note,) = view.state.values()
     assert note.seen == 73
-    assert {start: notes["marks"] for start, notes in note.by_chunk.items()} == {s: [s // 10] * 2 for s in (0, 10, 20, 30)}
+    assert {start: state["marks"] for start, state in note.by_chunk.items()} == {s: [s // 10] * 2 for s in (0, 10, 20, 30)}
 
 
 @pytest.mark.parametrize("wrap", [WholeChunksScorer, ByChunkScorer])

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pikv.attention.by_rule import attend_block_by_rule
-from pikv.attention.parts import attend_in_parts, can_attend_in_parts
-from pikv.attention.rule import AttentionRule
+from pikv.attention.eager import attend_block_eagerly
+from pikv.attention.params import AttentionParams
+from pikv.attention.split_kv import attend_split, can_split
 from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows
 
@@ -14,11 +14,11 @@ _QUERY_BLOCK = 128  # queries that share one causal mask; bounds the mask to a s
 _MIN_SPLIT_LENGTH = 1024  # below, a further call costs more than a second thread saves
 
 
-def attend_rows(queries: Tensor, rows: RaggedRows, rule: AttentionRule, real: Tensor | None = None) -> Tensor:
+def attend_rows(queries: Tensor, rows: RaggedRows, params: AttentionParams, is_token: Tensor | None = None) -> Tensor:
     """Attends from the newest tokens to everything that their rows hold.
 
     ``queries`` is ``[B, H, T, D]``, after RoPE; their own keys and values were appended to ``rows`` before, so the last of
-    a row's tokens are the queries' own and the causal order is theirs. ``real`` ``[B, T]`` (bool) marks the queries that
+    a row's tokens are the queries' own and the causal order is theirs. ``is_token`` ``[B, T]`` (bool) marks the queries that
     are not padding; padding gets zeros. KV heads are never expanded and, under a plain rule, the cache is never copied.
 
     Returns:
@@ -29,24 +29,24 @@ def attend_rows(queries: Tensor, rows: RaggedRows, rule: AttentionRule, real: Te
     queries = queries.reshape(batch * heads, num_heads // heads, num_new, dim)
 
     def attend(queries: Tensor, block: RowBlock) -> Tensor:
-        if rule.is_plain:
-            return _attend_block(queries, block, rule.scaling)
-        return attend_block_by_rule(queries, block, rule, heads)
+        if params.is_plain:
+            return _attend_block(queries, block, params.scaling)
+        return attend_block_eagerly(queries, block, params, heads)
 
-    if len(rows.blocks) == 1 and real is None:
+    if len(rows.blocks) == 1 and is_token is None:
         return attend(queries, rows.blocks[0]).view(batch, num_heads, num_new, -1)
     output = queries.new_zeros((*queries.shape[:3], rows.blocks[0].values.shape[-1]))
     for block in rows.blocks:
-        if real is None:
+        if is_token is None:
             output[block.selector] = attend(queries[block.selector], block)
             continue
         # Rows of one block have equally many real queries, though perhaps in different columns.
-        columns = [real[row // heads].nonzero().flatten() for row in block.rows]
+        columns = [is_token[row // heads].nonzero().flatten() for row in block.row_ids]
         if len(columns[0]) == 0:
             continue
-        picked = torch.stack([queries[row][:, column] for row, column in zip(block.rows, columns, strict=True)])
+        picked = torch.stack([queries[row][:, column] for row, column in zip(block.row_ids, columns, strict=True)])
         attended = attend(picked, block)
-        for member, (row, column) in enumerate(zip(block.rows, columns, strict=True)):
+        for member, (row, column) in enumerate(zip(block.row_ids, columns, strict=True)):
             output[row, :, column] = attended[member]
     return output.view(batch, num_heads, num_new, -1)
 
@@ -60,7 +60,7 @@ def _attend_block(queries: Tensor, block: RowBlock, scaling: float) -> Tensor:
         folded = queries.transpose(1, 2)
         num_parts = _parts_of(block)
         if num_parts > 1:
-            return attend_in_parts(folded, keys, values, scaling, num_parts).transpose(1, 2)
+            return attend_split(folded, keys, values, scaling, num_parts).transpose(1, 2)
         return scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scaling).transpose(1, 2)
     group = queries.shape[1]
     keys, values = keys.unsqueeze(1).expand(-1, group, -1, -1), values.unsqueeze(1).expand(-1, group, -1, -1)
@@ -80,6 +80,6 @@ def _attend_block(queries: Tensor, block: RowBlock, scaling: float) -> Tensor:
 
 def _parts_of(block: RowBlock) -> int:
     """Into how many parts to cut each row: the CPU kernel gives a row to one thread, and would leave the others idle."""
-    if block.keys.device.type != "cpu" or block.length < _MIN_SPLIT_LENGTH or not can_attend_in_parts(block):
+    if block.keys.device.type != "cpu" or block.length < _MIN_SPLIT_LENGTH or not can_split(block):
         return 1
-    return max(1, torch.get_num_threads() // len(block.rows))
+    return max(1, torch.get_num_threads() // len(block.row_ids))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pikv.attention.rule import AttentionRule
+from pikv.attention.params import AttentionParams
 
 _BLOCK_ELEMENTS = 1 << 22  # attention scores that exist at a time
 _QUERIES_PER_TILE, _KEYS_PER_TILE = 256, 512  # a tile of scores that stays in the processor's cache
@@ -14,7 +14,7 @@ def attention_mass(
     keys: Tensor,
     key_positions: Tensor,
     query_positions: Tensor,
-    rule: AttentionRule,
+    params: AttentionParams,
     logsumexp: Tensor | None = None,
 ) -> Tensor:
     """Sums the attention probabilities of all queries, mean over the query heads of a group.
@@ -27,8 +27,8 @@ def attention_mass(
     Returns:
         ``[B, G, L]`` (float32)
     """
-    if logsumexp is not None and rule.is_plain and _is_plain_prefill(key_positions, query_positions):
-        return _mass_of_prefill(queries, keys, rule.scaling, logsumexp)
+    if logsumexp is not None and params.is_plain and _is_plain_prefill(key_positions, query_positions):
+        return _mass_of_prefill(queries, keys, params.scaling, logsumexp)
     batch, num_heads, num_queries, _ = queries.shape
     heads, length = keys.shape[1:3]
     keys = keys.float()
@@ -40,7 +40,7 @@ def attention_mass(
         reach = int((key_positions <= positions.max()).sum(2).max())
         place = key_positions[:, :, None, :reach]
         visible = (place >= 0) & (place <= positions[:, None, :, None])
-        weights = rule.weights(queries[:, :, start : start + size], keys[:, :, :reach], visible)
+        weights = params.weights(queries[:, :, start : start + size], keys[:, :, :reach], visible)
         mass[..., :reach] += weights.sum(3).mean(2)
     return mass
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from pikv.budget.adaptive import share_by_score
 from pikv.budget.amount import Amount
 from pikv.budget.base import JointBudget, ScoredLayer
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 class AcrossLayersBudget(JointBudget):
@@ -22,7 +22,7 @@ class AcrossLayersBudget(JointBudget):
         self.amount = amount
         self.sink_size = sink_size
 
-    def wanted(self, view: LayerView) -> Tensor:
+    def target_lengths(self, view: LayerView) -> Tensor:
         return self.amount.per_row(view)
 
     def share(self, layers: Sequence[ScoredLayer], num_layers: int) -> list[Tensor]:
@@ -33,9 +33,9 @@ class AcrossLayersBudget(JointBudget):
         device = layers[-1].scores.device  # layers may be spread over several
         padded = [pad(layer.scores.float(), (0, longest - layer.scores.shape[2])).to(device) for layer in layers]
         scores = torch.cat(padded, dim=1)
-        wanted = torch.cat([layer.wanted for layer in layers], dim=1)
-        safe = torch.minimum(wanted, lengths).clamp(max=max(1, self.sink_size))
-        counts = share_by_score(scores, lengths, safe, wanted.sum(1))
+        target_lengths = torch.cat([layer.target_lengths for layer in layers], dim=1)
+        safe = torch.minimum(target_lengths, lengths).clamp(max=max(1, self.sink_size))
+        counts = share_by_score(scores, lengths, safe, target_lengths.sum(1))
         return list(counts.split([layer.lengths.shape[1] for layer in layers], dim=1))
 
     def with_amount(self, amount: Amount) -> "AcrossLayersBudget":

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget, JointBudget
-from pikv.budget.heads import HeadBudget
-from pikv.scoring.base import LayerView
+from pikv.budget.heads import StreamingHeadBudget
+from pikv.core import LayerView
 
 
 class AdaptiveHeadBudget(Budget):
@@ -21,28 +21,28 @@ class AdaptiveHeadBudget(Budget):
     def __init__(self, inner: Budget, safeguard: float = 0.2) -> None:
         if not 0 <= safeguard <= 1:
             raise ValueError(f"alpha_safeguard must lie between 0 and 1, not {safeguard!r}")
-        if isinstance(inner, JointBudget | HeadBudget):
+        if isinstance(inner, JointBudget | StreamingHeadBudget):
             raise ValueError("a budget that spans layers, or that chooses heads, shares out among heads by itself")
         self.inner = inner
         self.amount = inner.amount
         self.safeguard = safeguard
 
-    def wanted(self, view: LayerView) -> Tensor:
-        return self.inner.wanted(view)
+    def target_lengths(self, view: LayerView) -> Tensor:
+        return self.inner.target_lengths(view)
 
-    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
-        return bool((wanted.sum(1) >= view.kept.lengths.sum(1)).all())
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
+        return bool((target_lengths.sum(1) >= view.kept.lengths.sum(1)).all())
 
-    def counts(self, view: LayerView, scores: Tensor, wanted: Tensor) -> Tensor:
-        safe = (view.allotted.double() * self.safeguard).floor().long().clamp(min=1)
-        safe = torch.minimum(safe, view.allotted)
-        return share_by_score(scores, view.kept.lengths, safe, wanted.sum(1))
+    def counts(self, view: LayerView, scores: Tensor, target_lengths: Tensor) -> Tensor:
+        safe = (view.budget.double() * self.safeguard).floor().long().clamp(min=1)
+        safe = torch.minimum(safe, view.budget)
+        return share_by_score(scores, view.kept.lengths, safe, target_lengths.sum(1))
 
     def with_amount(self, amount: Amount) -> "AdaptiveHeadBudget":
         return AdaptiveHeadBudget(self.inner.with_amount(amount), self.safeguard)
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.inner.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.inner.min_kept(num_tokens)
 
 
 def share_by_score(scores: Tensor, lengths: Tensor, safe: Tensor, totals: Tensor) -> Tensor:

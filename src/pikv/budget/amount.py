@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pikv.cache.block import tokens_within
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 class Limits(TypedDict, total=False):
@@ -59,22 +59,23 @@ class Amount:
     def per_row(self, view: LayerView) -> Tensor:
         """Tokens for every row if all got the same share of what they were given, ``[B, G]`` (int64), at least 1."""
         if self.tokens is not None:
-            return view.given.clamp(max=self.tokens)
+            return view.num_given.clamp(max=self.tokens)
         if self.max_bytes is not None:
-            return view.given.clamp(max=self._tokens_within(view))
-        return kept_tokens(view.given, self.ratio).clamp(min=1)
+            return view.num_given.clamp(max=self._tokens_within(view))
+        return kept_tokens(view.num_given, self.ratio).clamp(min=1)
 
     def _tokens_within(self, view: LayerView) -> int:
         assert self.max_bytes is not None
         free = self.max_bytes - view.reserved_bytes
-        tokens = tokens_within(free // (view.num_layers * view.given.numel()), view.kept.bytes_per_token)
+        tokens = tokens_within(free // (view.num_layers * view.num_given.numel()), view.kept.bytes_per_token)
         if tokens < 1:
             raise ValueError(
-                f"max_bytes={self.max_bytes} leaves no token for each of {view.num_layers} layers of {view.given.numel()} rows"
+                f"max_bytes={self.max_bytes} leaves no token for each of {view.num_layers} layers "
+                f"of {view.num_given.numel()} rows"
             )
         return tokens
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         """Tokens that a row would keep of ``num_tokens``."""
         if self.tokens is not None:
             return min(self.tokens, num_tokens)
@@ -90,6 +91,6 @@ def check_ratio(ratio: float, name: str = "compression_ratio") -> float:
     return float(ratio)
 
 
-def kept_tokens(given: Tensor, ratio: float) -> Tensor:
-    """Tokens left of ``given`` when the ``ratio`` share goes, rounded to whole tokens."""
-    return (given.double() * (1 - ratio)).round().long()
+def kept_tokens(num_given: Tensor, ratio: float) -> Tensor:
+    """Tokens left of ``num_given`` when the ``ratio`` share goes, rounded to whole tokens."""
+    return (num_given.double() * (1 - ratio)).round().long()

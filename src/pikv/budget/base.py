@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pikv.budget.amount import Amount
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 class Budget(ABC):
@@ -20,39 +20,39 @@ class Budget(ABC):
     """Whether it looks at queries, beside scores."""
 
     @abstractmethod
-    def wanted(self, view: LayerView) -> Tensor:
+    def target_lengths(self, view: LayerView) -> Tensor:
         """Returns how many of the tokens given to it every row should hold, ``[B, G]`` (int64, CPU), at least 1."""
 
-    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
         """Whether nothing has to go, so that no score is needed."""
-        return bool((wanted >= view.kept.lengths).all())
+        return bool((target_lengths >= view.kept.lengths).all())
 
-    def counts(self, view: LayerView, scores: Tensor, wanted: Tensor) -> Tensor:
+    def counts(self, view: LayerView, scores: Tensor, target_lengths: Tensor) -> Tensor:
         """Returns how many tokens every row keeps now that ``scores`` ``[B, G, L]`` are known, ``[B, G]``."""
-        return view.allotted
+        return view.budget
 
     @abstractmethod
     def with_amount(self, amount: Amount) -> "Budget":
         """The same way of sharing, with another amount to share."""
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         """Tokens that the smallest row would keep of ``num_tokens``; 0 where the budget cannot work."""
-        return self.amount.smallest(num_tokens)
+        return self.amount.min_kept(num_tokens)
 
 
 @dataclass(kw_only=True, eq=False)
 class ScoredLayer:
     """A layer that was scored in the present pass: what budgets that span layers share out by.
 
-    ``scores`` is ``[B, G, L]`` of the tokens that the layer holds now, ``lengths`` and ``wanted`` ``[B, G]`` are how many
-    it holds and how many it would by equal shares, ``num_protected`` how many must stay; ``preference`` ``[B]`` is what the
-    budget made of the layer's view.
+    ``scores`` is ``[B, G, L]`` of the tokens that the layer holds now, ``lengths`` and ``target_lengths`` ``[B, G]`` are how
+    many it holds and how many it would by equal shares, ``num_protected`` how many must stay; ``preference`` ``[B]`` is what
+    the budget made of the layer's view.
     """
 
     layer_idx: int
     scores: Tensor
     lengths: Tensor
-    wanted: Tensor
+    target_lengths: Tensor
     num_protected: Tensor
     preference: Tensor | None
 
@@ -60,9 +60,9 @@ class ScoredLayer:
 class JointBudget(Budget):
     """A budget that shares out over layers: as later ones become known, earlier ones may have to give tokens away."""
 
-    def has_room(self, view: LayerView, wanted: Tensor) -> bool:
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
         # All layers or none: after another stage, what one layer was given says nothing about the next.
-        return view.is_first_stage and bool((wanted >= view.given).all())
+        return view.is_first_stage and bool((target_lengths >= view.num_given).all())
 
     def preference(self, view: LayerView) -> Tensor | None:
         """How much this layer needs, ``[B]``, read off its view."""

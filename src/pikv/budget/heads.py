@@ -5,10 +5,10 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
-class HeadBudget(Budget):
+class StreamingHeadBudget(Budget):
     """Makes as many KV heads of the model streaming heads as the ratio needs, those of the lowest score first.
 
     ``head_scores`` is ``[num_layers, G]``, higher for heads that retrieve. With ``head_ratio`` that share of the heads
@@ -36,10 +36,10 @@ class HeadBudget(Budget):
         self.head_ratio = head_ratio
         self.window = sink_size + recent_size
 
-    def wanted(self, view: LayerView) -> Tensor:
-        num_streaming = torch.tensor([self.num_streaming(float(given)) for given in view.given.double().mean(1)])
+    def target_lengths(self, view: LayerView) -> Tensor:
+        num_streaming = torch.tensor([self.num_streaming(float(num_given)) for num_given in view.num_given.double().mean(1)])
         streams = self.ranks[view.rank].unsqueeze(0) < num_streaming.unsqueeze(1)
-        return torch.where(streams, view.given.clamp(max=self.window), view.given)
+        return torch.where(streams, view.num_given.clamp(max=self.window), view.num_given)
 
     def num_streaming(self, num_tokens: float) -> int:
         """How many of the model's KV heads stream when each row is given ``num_tokens`` tokens."""
@@ -54,5 +54,5 @@ class HeadBudget(Budget):
     def with_amount(self, amount: Amount) -> Budget:
         raise ValueError("streaming heads have their own length; there is no other amount to give them")
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         return min(self.window, num_tokens)

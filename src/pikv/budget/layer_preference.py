@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import JointBudget, ScoredLayer
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 from pikv.scoring.window import window_weights
 
 
@@ -33,7 +33,7 @@ class LayerPreferenceBudget(JointBudget):
         self.entropy_temperature = entropy_temperature
         self.variance_temperature = variance_temperature
 
-    def wanted(self, view: LayerView) -> Tensor:
+    def target_lengths(self, view: LayerView) -> Tensor:
         return self.amount.per_row(view)
 
     def preference(self, view: LayerView) -> Tensor:
@@ -52,8 +52,8 @@ class LayerPreferenceBudget(JointBudget):
         preferences = torch.stack([layer.preference for layer in layers if layer.preference is not None], dim=1).double()
         held = torch.stack([layer.lengths.sum(1) for layer in layers], dim=1)
         # Layers still to come want what the present one does.
-        wanted = torch.stack([layer.wanted.sum(1) for layer in layers], dim=1)
-        totals = wanted.sum(1) + wanted[:, -1] * (num_layers - len(layers))
+        target_lengths = torch.stack([layer.target_lengths.sum(1) for layer in layers], dim=1)
+        totals = target_lengths.sum(1) + target_lengths[:, -1] * (num_layers - len(layers))
         shares = torch.stack(
             [pour(int(total), row, weights) for total, row, weights in zip(totals, held, preferences, strict=True)]
         )

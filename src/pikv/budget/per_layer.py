@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount, check_ratio, kept_tokens
 from pikv.budget.base import Budget
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 class PerLayerBudget(Budget):
@@ -18,11 +18,11 @@ class PerLayerBudget(Budget):
         self.ratios = [check_ratio(ratio, "every layer's ratio") for ratio in ratios]
         self.amount = Amount(sum(self.ratios) / len(self.ratios))
 
-    def wanted(self, view: LayerView) -> Tensor:
-        return kept_tokens(view.given, self.ratios[view.rank]).clamp(min=1)
+    def target_lengths(self, view: LayerView) -> Tensor:
+        return kept_tokens(view.num_given, self.ratios[view.rank]).clamp(min=1)
 
     def with_amount(self, amount: Amount) -> Budget:
         raise ValueError("ratios by layer cannot be replaced by one amount")
 
-    def smallest(self, num_tokens: int) -> int:
-        return min(Amount(ratio).smallest(num_tokens) for ratio in self.ratios)
+    def min_kept(self, num_tokens: int) -> int:
+        return min(Amount(ratio).min_kept(num_tokens) for ratio in self.ratios)

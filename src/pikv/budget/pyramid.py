@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class PyramidBudget(Budget):
         if self.beta < 1 or self.window_size < 1:
             raise ValueError("beta and window_size must be at least 1")
 
-    def wanted(self, view: LayerView) -> Tensor:
+    def target_lengths(self, view: LayerView) -> Tensor:
         even = self.amount.per_row(view)
         shares = [
-            pyramid_counts(mean, given, view.num_layers, self.window_size, self.beta)[view.rank]
-            for mean, given in zip(even.flatten().tolist(), view.given.flatten().tolist(), strict=True)
+            pyramid_counts(mean, num_given, view.num_layers, self.window_size, self.beta)[view.rank]
+            for mean, num_given in zip(even.flatten().tolist(), view.num_given.flatten().tolist(), strict=True)
         ]
         return torch.tensor(shares).view_as(even)
 
@@ -39,13 +39,13 @@ class PyramidBudget(Budget):
         return replace(self, amount=amount)
 
 
-def pyramid_counts(mean: int, given: int, num_layers: int, window_size: int, beta: float) -> list[int]:
-    """Tokens for each layer when ``mean`` of ``given`` are to stay on average.
+def pyramid_counts(mean: int, num_given: int, num_layers: int, window_size: int, beta: float) -> list[int]:
+    """Tokens for each layer when ``mean`` of ``num_given`` are to stay on average.
 
     >>> pyramid_counts(50, 200, 4, 10, 20)
     [90, 63, 37, 10]
     """
-    longest = given - window_size
+    longest = num_given - window_size
     last = max(mean / beta, window_size, 2 * mean - longest)
     first = 2 * mean - last
     if first <= last or num_layers == 1:

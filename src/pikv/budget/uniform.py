@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class UniformBudget(Budget):
 
     amount: Amount
 
-    def wanted(self, view: LayerView) -> Tensor:
+    def target_lengths(self, view: LayerView) -> Tensor:
         return self.amount.per_row(view)
 
     def with_amount(self, amount: Amount) -> "UniformBudget":

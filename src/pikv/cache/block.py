@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pikv.cache.kept import TokenBlock, selector_of
+
 _GROWTH_SHARE = 8  # an overfull block grows by an eighth, so that appending stays O(1) per token on average
 _GROWTH_MIN = 16
 _POSITION_BYTES = 4
@@ -32,12 +34,12 @@ def grown_capacity(length: int) -> int:
 class RowBlock:
     """``n`` rows of one layer, each with ``length`` tokens in a storage of ``capacity`` tokens.
 
-    ``rows`` are the rows' numbers ``[n]`` (``r = b * G + g``), ascending; ``keys`` is ``[n, capacity, D]``, ``values``
+    ``row_ids`` are the rows' numbers ``[n]`` (``r = b * G + g``), ascending; ``keys`` is ``[n, capacity, D]``, ``values``
     ``[n, capacity, Dv]``. ``positions`` is ``[n, capacity]`` (int32), or None as long as nothing was evicted: then every row
     holds the tokens 0 to ``length - 1``, and the next is ``length``. Slots from ``length`` on are not initialised.
     """
 
-    rows: list[int]
+    row_ids: list[int]
     keys: Tensor
     values: Tensor
     positions: Tensor | None
@@ -55,16 +57,28 @@ class RowBlock:
     @cached_property
     def selector(self) -> slice | Tensor:
         """Indexes this block's rows in a tensor of all rows ``[R, ...]``; a slice, hence a view, where they are neighbours."""
-        if self.rows[-1] - self.rows[0] == len(self.rows) - 1:
-            return slice(self.rows[0], self.rows[-1] + 1)
-        return torch.tensor(self.rows, device=self.keys.device)
+        return selector_of(self.row_ids, self.keys.device)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[n, length, D]`` and values ``[n, length, Dv]``; not to be written to, and valid until the rows change."""
+        return self.keys[:, : self.length], self.values[:, : self.length]
+
+    def tokens(self) -> TokenBlock:
+        """The tokens held now, whatever is appended later."""
+        length = self.length
+
+        def load() -> tuple[Tensor, Tensor]:
+            keys, values = self.dense()
+            return keys[:, :length], values[:, :length]
+
+        return TokenBlock(row_ids=self.row_ids, positions=self.kept_positions(), load=load)
 
     def kept_positions(self) -> Tensor:
         """The original positions of the tokens, ``[n, length]`` (int32)."""
         if self.positions is not None:
             return self.positions[:, : self.length]
         counting = torch.arange(self.length, dtype=torch.int32, device=self.keys.device)
-        return counting.expand(len(self.rows), -1)
+        return counting.expand(len(self.row_ids), -1)
 
     def gather(self, members: list[int], indices: Tensor, capacity: int) -> "RowBlock":
         """Copies some members' tokens into a new block.
@@ -78,7 +92,7 @@ class RowBlock:
         if self.positions is not None or length < self.length:
             positions = _spread(self.kept_positions()[members].gather(1, indices), capacity)
         return RowBlock(
-            rows=[self.rows[member] for member in members],
+            row_ids=[self.row_ids[member] for member in members],
             keys=_take(self.keys, flat, count, length, capacity),
             values=_take(self.values, flat, count, length, capacity),
             positions=positions,

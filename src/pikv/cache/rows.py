@@ -3,36 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pikv.cache.block import RowBlock, first_capacity
-
-
-@dataclass(frozen=True, eq=False)
-class PaddedRows:
-    """A rectangular view of ragged rows: ``keys`` and ``values`` ``[B, G, L, D]``, ``positions`` ``[B, G, L]`` (int32).
-
-    Row ``(b, g)`` holds ``lengths[b, g]`` tokens; behind them keys and values are zero and positions -1. The tensors may be
-    views into the cache: they must not be written to and are valid until the rows change.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    lengths: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        """Where there is a token, ``[B, G, L]``."""
-        return self.positions >= 0
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's key and value in one row, uncompressed."""
-        return bytes_per_token(self.keys, self.values)
+from pikv.cache.kept import KeptTokens
 
 
 def bytes_per_token(keys: Tensor, values: Tensor) -> int:
@@ -79,67 +55,44 @@ class RaggedRows:
         """Kept tokens per row, ``[B, G]`` (int64, CPU)."""
         lengths = torch.empty(self.batch_size * self.num_kv_heads, dtype=torch.long)
         for block in self.blocks:
-            lengths[block.rows] = block.length
+            lengths[block.row_ids] = block.length
         return lengths.view(self.batch_size, self.num_kv_heads)
 
     def positions(self) -> list[list[Tensor]]:
         """Original positions of the kept tokens, ascending: by sequence, by KV head, one ``[length]`` tensor (int64, CPU)."""
         found: dict[int, Tensor] = {}
         for block in self.blocks:
-            found |= zip(block.rows, block.kept_positions().long().cpu(), strict=True)
+            found |= zip(block.row_ids, block.kept_positions().long().cpu(), strict=True)
         heads = self.num_kv_heads
         return [[found[b * heads + g] for g in range(heads)] for b in range(self.batch_size)]
 
-    def padded(self) -> PaddedRows:
-        """Returns all rows as one rectangle; a view without a copy where all rows are equally long."""
-        shape = (self.batch_size, self.num_kv_heads)
-        if len(self.blocks) == 1:
-            (block,) = self.blocks
-            return PaddedRows(
-                keys=block.keys[:, : block.length].unflatten(0, shape),
-                values=block.values[:, : block.length].unflatten(0, shape),
-                positions=block.kept_positions().unflatten(0, shape),
-                lengths=self.lengths,
-            )
-        longest = max(block.length for block in self.blocks)
-        num_rows = self.batch_size * self.num_kv_heads
-        sample = self.blocks[0]
-        keys = sample.keys.new_zeros((num_rows, longest, sample.keys.shape[-1]))
-        values = sample.values.new_zeros((num_rows, longest, sample.values.shape[-1]))
-        positions = torch.full((num_rows, longest), -1, dtype=torch.int32, device=keys.device)
-        for block in self.blocks:
-            keys[block.selector, : block.length] = block.keys[:, : block.length]
-            values[block.selector, : block.length] = block.values[:, : block.length]
-            positions[block.selector, : block.length] = block.kept_positions()
-        return PaddedRows(
-            keys=keys.unflatten(0, shape),
-            values=values.unflatten(0, shape),
-            positions=positions.unflatten(0, shape),
-            lengths=self.lengths,
-        )
+    def kept(self) -> KeptTokens:
+        """The tokens of all rows as they are now; keys and values are read when a block is asked for them."""
+        blocks = [block.tokens() for block in self.blocks if block.length] or [self.blocks[0].tokens()]
+        return KeptTokens(self.batch_size, self.num_kv_heads, blocks, self.bytes_per_token)
 
-    def append(self, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
+    def append(self, keys: Tensor, values: Tensor, is_token: Tensor | None = None) -> None:
         """Adds new tokens behind every row.
 
-        ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. ``real`` ``[B, T]`` (bool) says which of the tokens are
+        ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. ``is_token`` ``[B, T]`` (bool) says which of the tokens are
         not padding; padding is not stored and has no position.
         """
         with plain_tensors():
-            self._append(keys, values, real)
+            self._append(keys, values, is_token)
 
-    def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
+    def _append(self, keys: Tensor, values: Tensor, is_token: Tensor | None) -> None:
         batch, heads, num_new, _ = keys.shape
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        counts = [num_new] * batch if real is None else real.sum(1).tolist()
+        counts = [num_new] * batch if is_token is None else is_token.sum(1).tolist()
         if len(set(counts)) > 1:
             self._split(counts)
         for block in self.blocks:
-            sequences = [row // heads for row in block.rows]
+            sequences = [row // heads for row in block.row_ids]
             count = counts[sequences[0]]
             new_keys, new_values = keys[block.selector], values[block.selector]
-            if real is not None and count < num_new:
+            if is_token is not None and count < num_new:
                 # Where every member has equally many real tokens, their columns form a rectangle.
-                columns = real[sequences].nonzero()[:, 1].view(len(sequences), count, 1)
+                columns = is_token[sequences].nonzero()[:, 1].view(len(sequences), count, 1)
                 new_keys = new_keys.gather(1, columns.expand(-1, -1, keys.shape[-1]))
                 new_values = new_values.gather(1, columns.expand(-1, -1, values.shape[-1]))
             block.append(new_keys, new_values, [self.seen[sequence] for sequence in sequences])
@@ -158,16 +111,16 @@ class RaggedRows:
     def _keep(self, indices: Sequence[Tensor]) -> None:
         blocks = []
         for block in self.blocks:
-            if all(len(indices[row]) == block.length for row in block.rows):
+            if all(len(indices[row]) == block.length for row in block.row_ids):
                 blocks.append(block)
                 continue
             by_length: dict[int, list[int]] = defaultdict(list)
-            for member, row in enumerate(block.rows):
+            for member, row in enumerate(block.row_ids):
                 by_length[len(indices[row])].append(member)
             for length, members in by_length.items():
-                chosen = torch.stack([indices[block.rows[member]] for member in members]).to(block.keys.device)
+                chosen = torch.stack([indices[block.row_ids[member]] for member in members]).to(block.keys.device)
                 blocks.append(block.gather(members, chosen, first_capacity(length)))
-            self._note_eviction(block.rows)
+            self._note_eviction(block.row_ids)
         self.blocks = _merge(blocks)
 
     def _note_eviction(self, rows: list[int]) -> None:
@@ -196,7 +149,7 @@ class RaggedRows:
             with plain_tensors():
                 self._split(taken)
         for block in self.blocks:
-            block.truncate(block.length - taken[block.rows[0] // self.num_kv_heads])
+            block.truncate(block.length - taken[block.row_ids[0] // self.num_kv_heads])
         self.seen = [seen - num for seen, num in zip(self.seen, taken, strict=True)]
 
     def fit(self) -> None:
@@ -211,18 +164,18 @@ class RaggedRows:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""
-        rows = sorted(row for block in self.blocks for row in block.rows)
+        rows = sorted(row for block in self.blocks for row in block.row_ids)
         assert rows == list(range(self.batch_size * self.num_kv_heads)), f"rows lost or shared: {rows}"
         for block in self.blocks:
-            assert block.rows == sorted(block.rows), "the rows of a block are not in order"
+            assert block.row_ids == sorted(block.row_ids), "the rows of a block are not in order"
             assert 0 <= block.length <= block.capacity, f"length {block.length} of capacity {block.capacity}"
-            assert block.keys.shape[:2] == block.values.shape[:2] == (len(block.rows), block.capacity)
+            assert block.keys.shape[:2] == block.values.shape[:2] == (len(block.row_ids), block.capacity)
             assert block.keys.is_contiguous() and block.values.is_contiguous()
             if block.length == 0:
                 continue
             positions = block.kept_positions()
             assert bool((positions.diff(dim=1) > 0).all()), "positions do not ascend"
-            seen = torch.tensor([self.seen[row // self.num_kv_heads] for row in block.rows], device=positions.device)
+            seen = torch.tensor([self.seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
             assert bool((positions[:, 0] >= 0).all() and (positions[:, -1] < seen).all()), "positions beyond what was seen"
             assert bool(block.keys[:, : block.length].isfinite().all()), "uninitialised keys"
             assert bool(block.values[:, : block.length].isfinite().all()), "uninitialised values"
@@ -232,7 +185,7 @@ class RaggedRows:
         blocks = []
         for block in self.blocks:
             by_count: dict[int, list[int]] = defaultdict(list)
-            for member, row in enumerate(block.rows):
+            for member, row in enumerate(block.row_ids):
                 by_count[counts[row // self.num_kv_heads]].append(member)
             if len(by_count) == 1:
                 blocks.append(block)
@@ -261,10 +214,10 @@ def _merge(blocks: list[RowBlock]) -> list[RowBlock]:
 def _join(blocks: list[RowBlock]) -> RowBlock:
     """Joins blocks of one length, with their rows in ascending order."""
     length = blocks[0].length
-    order = sorted((row, index, member) for index, block in enumerate(blocks) for member, row in enumerate(block.rows))
+    order = sorted((row, index, member) for index, block in enumerate(blocks) for member, row in enumerate(block.row_ids))
     gapless = all(block.positions is None for block in blocks)
     joined = RowBlock(
-        rows=[row for row, _, _ in order],
+        row_ids=[row for row, _, _ in order],
         keys=blocks[0].keys.new_empty((len(order), first_capacity(length), blocks[0].keys.shape[-1])),
         values=blocks[0].values.new_empty((len(order), first_capacity(length), blocks[0].values.shape[-1])),
         positions=None,

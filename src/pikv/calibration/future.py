@@ -1,18 +1,18 @@
 """What later queries really read from a context, measured on the model itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pikv.core import AttentionCall, LayerView
 from pikv.hf.cache import PiKVCache
-from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
-from pikv.scoring.base import LayerView, norms
+from pikv.scoring.base import norms
 from pikv.scoring.output import output_norms
-from pikv.scoring.views import view_of
 
 _BLOCK_ELEMENTS = 1 << 22  # attention weights that exist at a time
 
@@ -47,12 +47,12 @@ def read_lesson(model: Any, lesson: Lesson) -> list[LayerReading]:
     views: dict[int, LayerView] = {}
     taken: dict[int, Tensor] = {}
 
-    def after_context(observed: ObservedCall) -> None:
-        layer = observed.call.layer_idx
-        views[layer] = view_of(observed, rank=layers.index(layer), num_layers=len(layers), notes={})
+    def after_context(call: AttentionCall) -> None:
+        layer = call.layer_idx
+        views[layer] = LayerView.of(replace(call, state={}), rank=layers.index(layer), num_layers=len(layers))
 
-    def after_questions(observed: ObservedCall) -> None:
-        taken[observed.call.layer_idx] = _taken(views[observed.call.layer_idx], observed, lesson.asking)
+    def after_questions(call: AttentionCall) -> None:
+        taken[call.layer_idx] = _taken(views[call.layer_idx], call, lesson.asking)
 
     for token_ids, after_attention in ((lesson.context_ids, after_context), (lesson.later_ids, after_questions)):
         with observe(model, after_attention=after_attention):
@@ -61,10 +61,9 @@ def read_lesson(model: Any, lesson: Lesson) -> list[LayerReading]:
     return [LayerReading(view=views[layer], taken=taken[layer]) for layer in layers]
 
 
-def _taken(view: LayerView, observed: ObservedCall, asking: Sequence[int]) -> Tensor:
+def _taken(view: LayerView, call: AttentionCall, asking: Sequence[int]) -> Tensor:
     """The most that any of the ``asking`` queries took from each token of the context, ``[G, T]``."""
-    call = observed.call
-    keys = call.rows.padded().keys
+    keys = call.rows.kept().keys
     num_tokens = int(view.seen)
     carried = _norms_of_values(view)[0, :, :, :num_tokens]
     queries = call.queries[:, :, list(asking)]
@@ -73,7 +72,7 @@ def _taken(view: LayerView, observed: ObservedCall, asking: Sequence[int]) -> Te
     size = max(1, _BLOCK_ELEMENTS // (queries.shape[1] * keys.shape[2]))
     for start in range(0, len(asking), size):
         visible = torch.arange(keys.shape[2], device=keys.device) <= positions[start : start + size, None]
-        weights = call.rule.weights(queries[:, :, start : start + size], keys, visible[None, None])[0, ..., :num_tokens]
+        weights = call.params.weights(queries[:, :, start : start + size], keys, visible[None, None])[0, ..., :num_tokens]
         most = torch.maximum(most, (weights.amax(2) * carried).amax(1))
     return most
 

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.files import write_whole
-from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
 from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
@@ -47,6 +48,7 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     if seed in known:
         return known[seed]
     texts = tokenizer or tokenizer_of(model)
+    texts = texts if getattr(texts, "is_fast", False) else None  # others do not know which characters a token stands for
     rng = random.Random(seed)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST
     samples = [
@@ -150,10 +152,9 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
     target = (slots >= starts.unsqueeze(1)) & (slots < ends.unsqueeze(1))
     rank = {layer: index for index, layer in enumerate(ragged_layers(model.config))}
 
-    def after_attention(observed: ObservedCall) -> None:
-        call = observed.call
+    def after_attention(call: AttentionCall) -> None:
         visible = (slots <= queries.unsqueeze(1)).to(call.queries.device)
-        weights = call.rule.weights(call.queries[:, :, queries], call.rows.padded().keys, visible[None, None])[0]
+        weights = call.params.weights(call.queries[:, :, queries], call.rows.kept().keys, visible[None, None])[0]
         mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
         scores[rank[call.layer_idx]] = mass.amax(1).cpu()
 

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pikv.calibration.heads import head_shape
+from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.files import write_whole
-from pikv.hf.hooks import ObservedCall, observe
+from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
 from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
@@ -58,8 +59,7 @@ def _principal_directions(model: Any, samples: list[list[int]]) -> Tensor:
     products: dict[int, Tensor] = {}  # of the queries with themselves, [G, D, D]: their singular vectors at a fixed size
     sums: dict[int, Tensor] = {}
 
-    def after_attention(observed: ObservedCall) -> None:
-        call = observed.call
+    def after_attention(call: AttentionCall) -> None:
         queries = call.queries[0].unflatten(0, (call.rows.num_kv_heads, -1)).flatten(1, 2).double().cpu()
         products[call.layer_idx] = products.get(call.layer_idx, 0) + queries.mT @ queries
         sums[call.layer_idx] = sums.get(call.layer_idx, 0) + queries.sum(1)

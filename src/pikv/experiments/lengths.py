@@ -21,5 +21,5 @@ def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int],
             f"the {limit} positions of the model"
         )
     for method in methods:
-        if method.press().smallest(min(lengths)) < 1:
+        if method.press().min_kept(min(lengths)) < 1:
             raise ValueError(f"method {method.spec!r} would keep no token of a context of {min(lengths)} tokens")

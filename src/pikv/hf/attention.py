@@ -5,7 +5,7 @@ pass without one, goes to the implementation that the model had before.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pikv.attention.by_rule import attend_by_rule
 from pikv.attention.capture import CaptureLogSumExp
 from pikv.attention.decode import attend_rows
-from pikv.attention.rule import AttentionRule
-from pikv.cache.rows import RaggedRows
+from pikv.attention.eager import attend_eagerly
+from pikv.attention.params import AttentionParams
+from pikv.core import AttentionCall
 
 PREFIX = "pikv_"
 # What changes the result of attention and is not understood here; None or False means that it is not in use.
@@ -30,33 +30,14 @@ _PLAIN_ONLY = ("sdpa",)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionCall:
-    """What an attention module computed: queries ``[B, H, T, D]`` after RoPE, and the rows that hold its keys and values.
+class Observer:
+    """Is told after every attention of a module over ragged rows; ``wants_logsumexp`` has it looked for in prefills.
 
-    ``rule`` says how it got from their products to weights. ``real`` ``[B, T]`` marks the columns that are not padding, None
-    means all. ``logsumexp`` ``[B, H, T]`` is there where the model's own kernel computed it. ``notes`` is running state that
-    belongs to the rows, by owner: it is emptied when they are, and when tokens are taken back.
+    ``inputs_of`` gives the hidden states and further arguments that the module was called with.
     """
 
-    module: nn.Module
-    layer_idx: int
-    rows: RaggedRows
-    queries: Tensor
-    rule: AttentionRule
-    real: Tensor | None
-    logsumexp: Tensor | None
-    notes: dict[Any, Any]
-
-    @property
-    def scaling(self) -> float:
-        return self.rule.scaling
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Observer:
-    """Is told after every attention of a module over ragged rows; ``wants_logsumexp`` has it looked for in prefills."""
-
     notify: Callable[[AttentionCall], None]
+    inputs_of: Callable[[nn.Module], tuple[Tensor, Mapping[str, Any]]]
     wants_logsumexp: bool = False
 
 
@@ -105,10 +86,10 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         layer = _layer_of(key)
         if layer is None:
             return hand_on()
-        rule = _rule_of(module, query, scaling, kwargs)
-        can_hand_on = rule.is_plain or previous not in _PLAIN_ONLY
+        params = _params_of(module, query, scaling, kwargs)
+        can_hand_on = params.is_plain or previous not in _PLAIN_ONLY
         if layer.is_sliding:
-            return hand_on() if can_hand_on else (_by_token(attend_by_rule(query, key, value, rule, attention_mask)), None)
+            return hand_on() if can_hand_on else (_by_token(attend_eagerly(query, key, value, params, attention_mask)), None)
         layer.is_handed_over = False
         if _layer_of(value) is not layer:
             raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
@@ -117,22 +98,26 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         observer = observers[-1] if observers else None
         capture = CaptureLogSumExp() if observer and observer.wants_logsumexp else None
         weights = None
-        if layer.step.is_first and can_hand_on:
+        if layer.forward_pass.is_first and can_hand_on:
             with capture or nullcontext():
                 output, weights = hand_on()
         else:
-            output = _by_token(attend_rows(query, layer.rows, rule, layer.real))
+            output = _by_token(attend_rows(query, layer.rows, params, layer.is_token))
         if observer:
+            hidden_states, arguments = observer.inputs_of(module)
             observer.notify(
                 AttentionCall(
                     module=module,
                     layer_idx=module.layer_idx,  # type: ignore[arg-type]
                     rows=layer.rows,
                     queries=query.detach(),
-                    rule=rule,
-                    real=layer.real,
+                    params=params,
+                    is_token=layer.is_token,
                     logsumexp=capture.logsumexp if capture else None,
-                    notes=layer.notes,
+                    state=layer.state,
+                    hidden_states=hidden_states,
+                    arguments=arguments,
+                    num_new=query.shape[2],
                 )
             )
         return output, weights
@@ -145,13 +130,13 @@ def _layer_of(tensor: Tensor) -> Any:
     return getattr(tensor, "pikv_layer", None)
 
 
-def _rule_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> AttentionRule:
+def _params_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> AttentionParams:
     """The rule of an attention module, by the arguments that it passes to the attention function."""
     if scaling is None:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
             raise ValueError(f"{type(module).__name__} scales in a way that this release of transformers does not pass on")
         scaling = query.shape[-1] ** -0.5
-    return AttentionRule(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    return AttentionParams(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
 
 
 def _check_arguments(module: nn.Module, num_columns: int, kwargs: dict[str, Any]) -> None:
@@ -171,10 +156,10 @@ def _by_token(attended: Tensor) -> Tensor:
 
 def _mask_function(previous: str) -> Callable[..., Any]:
     def pikv_mask(**kwargs: Any) -> Any:
-        step = getattr(kwargs["kv_length"], "step", None)
-        if step is not None:
-            step.begin(kwargs.get("attention_mask"))
-            if not step.is_first:
+        forward_pass = getattr(kwargs["kv_length"], "forward_pass", None)
+        if forward_pass is not None:
+            forward_pass.begin(kwargs.get("attention_mask"))
+            if not forward_pass.is_first:
                 return None  # rows know their own order; a [T, seen] mask would only cost memory
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
 

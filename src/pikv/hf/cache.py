@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from pikv.cache.notes import Note
+from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.hf.attention import attach
+from pikv.hf.forward_pass import ForwardPass
 from pikv.hf.layers import PiKVLayer, SlidingLayer, num_beyond
-from pikv.hf.step import Step
 from pikv.hf.storage import read_layers, unpack_layer, write_layers
 from pikv.hf.support import ragged_layers, sliding_window
 
@@ -42,10 +42,12 @@ class PiKVCache(Cache):
         self.config = config
         self.ragged_layers = ragged_layers(config)
         """The model's layers that hold ragged rows; the others slide over the last tokens."""
-        self.step = Step()
+        self.forward_pass = ForwardPass()
         self._marks: WeakSet[CacheMark] = WeakSet()
         layers = [
-            PiKVLayer(self.step) if index in self.ragged_layers else SlidingLayer(self.step, sliding_window(config))
+            PiKVLayer(self.forward_pass)
+            if index in self.ragged_layers
+            else SlidingLayer(self.forward_pass, sliding_window(config))
             for index in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers)
@@ -125,10 +127,10 @@ class PiKVCache(Cache):
         """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64)."""
         return self.rows(layer_idx).positions()
 
-    def notes(self, layer_idx: int) -> dict[Any, Note]:
+    def state(self, layer_idx: int) -> dict[Any, RowState]:
         """What was noted about a layer's rows, by owner."""
-        notes: dict[Any, Note] = self.layers[layer_idx].notes
-        return notes
+        state: dict[Any, RowState] = self.layers[layer_idx].state
+        return state
 
     def check_integrity(self) -> None:
         """Raises AssertionError if any row is broken."""

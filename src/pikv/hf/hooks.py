@@ -3,34 +3,15 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from pikv.hf.attention import AttentionCall, Observer, add_observer, attach, is_innermost, remove_observer
+from pikv.core import AttentionCall
+from pikv.hf.attention import Observer, add_observer, attach, is_innermost, remove_observer
 from pikv.hf.cache import PiKVCache, is_empty_dynamic
 from pikv.hf.support import attention_modules, check_supported
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ObservedCall:
-    """One attention call; ``hidden_states`` ``[B, T, hidden]`` and further ``arguments``, by name, are those of its module.
-
-    ``num_new`` is the number of columns of the input, padding included.
-    """
-
-    call: AttentionCall
-    hidden_states: Tensor
-    arguments: Mapping[str, Any]
-    num_new: int
-
-    def newest_column(self) -> "ObservedCall":
-        """The same with the last column's queries and hidden states alone: for who need not hold on to them."""
-        call = self.call
-        real = None if call.real is None else call.real[:, -1:]
-        last = replace(call, queries=call.queries[:, :, -1:].clone(), real=real, logsumexp=None)
-        return replace(self, call=last, hidden_states=self.hidden_states[:, -1:].clone(), arguments={})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +34,7 @@ def observe(
     model: Any,
     *,
     before_forward: Callable[[ForwardInputs], None] = _ignore,
-    after_attention: Callable[[ObservedCall], None] = _ignore,
+    after_attention: Callable[[AttentionCall], None] = _ignore,
     after_forward: Callable[[ForwardInputs], None] = _ignore,
     wants_logsumexp: bool = False,
 ) -> Iterator[None]:
@@ -117,13 +98,8 @@ def observe(
             arguments = {name: value for name, value in kwargs.items() if not name.startswith("past_key_value")}
             module_inputs[module] = hidden_states.detach(), arguments
 
-    def leave_attention(call: AttentionCall) -> None:
-        hidden_states, arguments = module_inputs.pop(call.module)
-        num_new = hidden_states.shape[1]
-        after_attention(ObservedCall(call=call, hidden_states=hidden_states, arguments=arguments, num_new=num_new))
-
     modules = list(attention_modules(model).values())
-    observer = Observer(notify=leave_attention, wants_logsumexp=wants_logsumexp)
+    observer = Observer(notify=after_attention, inputs_of=module_inputs.pop, wants_logsumexp=wants_logsumexp)
     with ExitStack() as undo:
         undo.callback(decoder.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
         undo.callback(decoder.register_forward_hook(leave_model).remove)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from pikv.hf.support import attention_modules
 
-Facts = dict[str, Any]
+ModelSignature = dict[str, Any]
 
 # Training, outputs and how the model is loaded: with these changed, the same tokens still have the same keys.
 _IMMATERIAL = re.compile(
@@ -20,13 +20,13 @@ _IMMATERIAL = re.compile(
 )
 
 
-def facts_of(config: Any) -> Facts:
+def model_signature(config: Any) -> ModelSignature:
     """What decides over the keys of a model's decoder: its configuration without what is immaterial, as JSON has it."""
-    facts: Facts = json.loads(json.dumps(_material(config.get_text_config(decoder=True).to_dict()), default=str))
+    facts: ModelSignature = json.loads(json.dumps(_material(config.get_text_config(decoder=True).to_dict()), default=str))
     return facts
 
 
-def check_same_model(made_for: Facts, facts: Facts) -> None:
+def check_same_model(made_for: ModelSignature, facts: ModelSignature) -> None:
     """Raises ValueError, naming the entries that differ, if keys made for one model make no sense to the other."""
     kind, other_kind = made_for.get("model_type"), facts.get("model_type")
     if kind != other_kind:
@@ -38,7 +38,7 @@ def check_same_model(made_for: Facts, facts: Facts) -> None:
         raise ValueError(f"made for {kind} with {'; '.join(pairs)}")
 
 
-def _material(entries: Facts) -> Facts:
+def _material(entries: ModelSignature) -> ModelSignature:
     # What every model's configuration has is about transformers, not about the model's arithmetic.
     generic = PreTrainedConfig().to_dict().keys() - {"model_type"}
     return {name: value for name, value in entries.items() if name not in generic and not _IMMATERIAL.fullmatch(name)}

@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin as HFLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from pikv.cache.notes import Note
+from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
-from pikv.hf.step import Step
+from pikv.hf.forward_pass import ForwardPass
 
 
 class _FixedBatch:
@@ -30,14 +30,14 @@ class PiKVLayer(_FixedBatch, HFLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, forward_pass: ForwardPass) -> None:
         super().__init__()
-        self.step = step
+        self.forward_pass = forward_pass
         self.rows: RaggedRows | None = None
         self.columns = 0  # tokens seen, padding included
         self.columns_at_padding = 0
-        self.real: Tensor | None = None  # the step's, on this layer's device
-        self.notes: dict[Any, Note] = {}  # running state that belongs to these rows, by owner
+        self.is_token: Tensor | None = None  # the step's, on this layer's device
+        self.state: dict[Any, RowState] = {}  # running state that belongs to these rows, by owner
         self.is_handed_over = False
         self._last_serial = 0
 
@@ -66,16 +66,16 @@ class PiKVLayer(_FixedBatch, HFLayer):
                 "this model's attention does not take the keys from the cache unchanged to the attention registry "
                 "of transformers; PiKVCache does not support it"
             )
-        self.step.check(key_states.shape[-2], self.columns, self._last_serial)
-        self._last_serial = self.step.serial
+        self.forward_pass.check(key_states.shape[-2], self.columns, self._last_serial)
+        self._last_serial = self.forward_pass.serial
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
         assert self.rows is not None
         _check_alike(self.rows.blocks[0].keys, self.rows.batch_size, key_states)
-        self.real = None if self.step.real is None else self.step.real.to(key_states.device)
-        self.rows.append(key_states, value_states, self.real)
-        self.columns += self.step.num_new
-        if self.real is not None:
+        self.is_token = None if self.forward_pass.is_token is None else self.forward_pass.is_token.to(key_states.device)
+        self.rows.append(key_states, value_states, self.is_token)
+        self.columns += self.forward_pass.num_new
+        if self.is_token is not None:
             self.columns_at_padding = self.columns
         self.is_handed_over = True
         key_states.pikv_layer = value_states.pikv_layer = self  # type: ignore[attr-defined]
@@ -87,8 +87,8 @@ class PiKVLayer(_FixedBatch, HFLayer):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """``query_length`` is a number, or in older releases of transformers the ``cache_position`` tensor."""
-        self.step.expect(_length_of(query_length), self.columns)
-        return self.step.length, 0
+        self.forward_pass.expect(_length_of(query_length), self.columns)
+        return self.forward_pass.length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -96,8 +96,8 @@ class PiKVLayer(_FixedBatch, HFLayer):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.__init__(self.step)  # type: ignore[misc]
-        self._last_serial = self.step.serial
+        self.__init__(self.forward_pass)  # type: ignore[misc]
+        self._last_serial = self.forward_pass.serial
 
     def can_crop(self, num_tokens: int) -> str | None:
         """None, or the reason why the last ``num_tokens`` tokens cannot be taken back."""
@@ -115,7 +115,7 @@ class PiKVLayer(_FixedBatch, HFLayer):
         if self.rows is not None and num_tokens:
             self.rows.truncate(num_tokens)
             self.columns -= num_tokens
-            self._forget_notes()
+            self._forget_state()
 
     def mark(self) -> tuple[int, int, list[int]]:
         return self.columns, self.columns_at_padding, list(self.rows.seen) if self.rows else []
@@ -130,7 +130,7 @@ class PiKVLayer(_FixedBatch, HFLayer):
         self.is_handed_over = False
         if self.rows is not None:
             self.rows.truncate(self._since(mark))
-            self._forget_notes()
+            self._forget_state()
 
     def _since(self, mark: tuple[int, int, list[int]]) -> list[int]:
         """How many tokens of each sequence came since ``mark``."""
@@ -138,12 +138,12 @@ class PiKVLayer(_FixedBatch, HFLayer):
         before = mark[2] or [0] * self.rows.batch_size
         return [now - then for now, then in zip(self.rows.seen, before, strict=True)]
 
-    def _forget_notes(self) -> None:
+    def _forget_state(self) -> None:
         """Drops what was noted when more tokens had been seen; in place, since a forward pass may hold on to the notes."""
         assert self.rows is not None
         seen = sum(self.rows.seen)
-        for owner in [owner for owner, note in self.notes.items() if note.seen > seen]:
-            del self.notes[owner]
+        for owner in [owner for owner, note in self.state.items() if note.seen > seen]:
+            del self.state[owner]
 
 
 class SlidingLayer(_FixedBatch, DynamicSlidingWindowLayer):
@@ -154,9 +154,9 @@ class SlidingLayer(_FixedBatch, DynamicSlidingWindowLayer):
     cumulative_length: int
     sliding_window: int
 
-    def __init__(self, step: Step, window: int) -> None:
+    def __init__(self, forward_pass: ForwardPass, window: int) -> None:
         super().__init__(sliding_window=window)
-        self.step = step
+        self.forward_pass = forward_pass
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +170,7 @@ class SlidingLayer(_FixedBatch, DynamicSlidingWindowLayer):
         return self.nbytes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.step.check(key_states.shape[-2], self.cumulative_length)
+        self.forward_pass.check(key_states.shape[-2], self.cumulative_length)
         if self.cumulative_length:
             _check_alike(self.keys, self.keys.shape[0], key_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -185,12 +185,12 @@ class SlidingLayer(_FixedBatch, DynamicSlidingWindowLayer):
         return tokens.clone() if tokens.untyped_storage().nbytes() > window_bytes else tokens
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        self.step.expect(_length_of(query_length), self.cumulative_length)
+        self.forward_pass.expect(_length_of(query_length), self.cumulative_length)
         length, offset = super().get_mask_sizes(query_length)
         return length, offset
 
     def reset(self) -> None:
-        self.__init__(self.step, self.sliding_window)  # type: ignore[misc]
+        self.__init__(self.forward_pass, self.sliding_window)  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         raise ValueError("assisted generation takes tokens back, which a PiKVCache with sliding layers cannot do")

@@ -1,27 +1,15 @@
 """Reading a context a second time, to see which of its tokens that takes (KVzip, arXiv 2505.23416)."""
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pikv.hf.hooks import ForwardInputs, ObservedCall, observe
+from pikv.core import AttentionCall, Reread
+from pikv.hf.hooks import ForwardInputs, observe
 
 _BLOCK_ELEMENTS = 1 << 22  # attention weights that exist at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reread:
-    """How to read again: behind ``prompt_ids``, in chunks of ``chunk_size`` tokens.
-
-    A chunk sees the first ``sink_size`` tokens, itself as it was, and itself as it is read again.
-    """
-
-    prompt_ids: tuple[int, ...] = ()
-    chunk_size: int = 2048
-    sink_size: int = 4
 
 
 @torch.no_grad()
@@ -48,25 +36,25 @@ def read_again(model: Any, inputs: ForwardInputs, how: Reread) -> dict[int, Tens
     positions = (mask.cumsum(1)[:, -inputs.num_new :] - 1).gather(1, order).masked_fill(~is_new, -1)
     seen = mask.sum(1, keepdim=True)
     prompt = torch.tensor(how.prompt_ids, dtype=torch.long, device=device).expand(inputs.batch_size, -1)
-    places = {layer: cache.rows(layer).padded().positions for layer in cache.ragged_layers}
+    places = {layer: cache.rows(layer).kept().positions for layer in cache.ragged_layers}
     attention = {layer: torch.zeros(place.shape, device=place.device) for layer, place in places.items()}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     before = cache.mark()
     for start in range(0, int(is_new.sum(1).max()), how.chunk_size):
         chunk = slice(start, start + how.chunk_size)
-        real = torch.cat([torch.ones_like(prompt, dtype=torch.bool), is_new[:, chunk]], dim=1)
+        is_token = torch.cat([torch.ones_like(prompt, dtype=torch.bool), is_new[:, chunk]], dim=1)
 
-        def after_attention(observed: ObservedCall, chunk_positions: Tensor = positions[:, chunk]) -> None:
-            layer = observed.call.layer_idx
-            most = _most_attention(observed, chunk_positions, how.sink_size)[..., : attention[layer].shape[2]]
+        def after_attention(call: AttentionCall, chunk_positions: Tensor = positions[:, chunk]) -> None:
+            layer = call.layer_idx
+            most = _most_attention(call, chunk_positions, how.sink_size)[..., : attention[layer].shape[2]]
             attention[layer] = torch.maximum(attention[layer], most)
 
-        position_ids = {"position_ids": (seen + real.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
+        position_ids = {"position_ids": (seen + is_token.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
         try:
             with observe(model, after_attention=after_attention):
                 model(
                     torch.cat([prompt, token_ids[:, chunk]], dim=1),
-                    attention_mask=torch.cat([mask, real.to(mask.dtype)], dim=1),
+                    attention_mask=torch.cat([mask, is_token.to(mask.dtype)], dim=1),
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
@@ -95,29 +83,28 @@ def _of_these(most: Tensor, places: Tensor, first_new: Tensor) -> Tensor:
     return most.masked_fill(places < first_new, float("nan"))
 
 
-def _most_attention(observed: ObservedCall, chunk_positions: Tensor, sink_size: int) -> Tensor:
+def _most_attention(call: AttentionCall, chunk_positions: Tensor, sink_size: int) -> Tensor:
     """The maximum, over queries and their heads, of the weights on all tokens, ``[B, G, L]``.
 
     Queries see the sinks, the tokens of the chunk that they repeat, and each other.
     """
-    call = observed.call
-    rows = call.rows.padded()
-    real = torch.ones(observed.hidden_states.shape[:2], dtype=torch.bool, device=rows.keys.device)
-    if call.real is not None:
-        real = call.real
-    seen = torch.tensor(call.rows.seen, device=rows.keys.device).unsqueeze(1)
-    query_positions = (seen - real.sum(1, keepdim=True) + real.cumsum(1) - 1).masked_fill(~real, -1)
+    rows = call.rows.kept()
+    is_token = torch.ones(call.hidden_states.shape[:2], dtype=torch.bool, device=rows.device)
+    if call.is_token is not None:
+        is_token = call.is_token
+    seen = torch.tensor(call.rows.seen, device=rows.device).unsqueeze(1)
+    query_positions = (seen - is_token.sum(1, keepdim=True) + is_token.cumsum(1) - 1).masked_fill(~is_token, -1)
     place = rows.positions
     chunk_positions = chunk_positions.to(place.device)
     first = chunk_positions.masked_fill(chunk_positions < 0, torch.iinfo(torch.int64).max).amin(1).view(-1, 1, 1)
     last = chunk_positions.amax(1).view(-1, 1, 1)
-    begin = (seen - real.sum(1, keepdim=True)).unsqueeze(2)
+    begin = (seen - is_token.sum(1, keepdim=True)).unsqueeze(2)
     in_view = (place >= 0) & ((place < sink_size) | ((place >= first) & (place <= last)) | (place >= begin))
     most = torch.zeros(place.shape, device=place.device)
     size = max(1, _BLOCK_ELEMENTS // (call.queries.shape[0] * call.queries.shape[1] * place.shape[2]))
-    for start in range(0, real.shape[1], size):
+    for start in range(0, is_token.shape[1], size):
         block = query_positions[:, start : start + size]
         visible = in_view[:, :, None, :] & (place[:, :, None, :] <= block[:, None, :, None])
-        weights = call.rule.weights(call.queries[:, :, start : start + size], rows.keys, visible)
+        weights = call.params.weights(call.queries[:, :, start : start + size], rows.keys, visible)
         most = torch.maximum(most, weights.amax((2, 3)))
     return most

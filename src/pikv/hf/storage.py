@@ -21,7 +21,7 @@ from pikv import __version__
 from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows, plain_tensors
 from pikv.hf.files import write_whole
-from pikv.hf.identity import check_same_model, facts_of
+from pikv.hf.identity import check_same_model, model_signature
 
 FORMAT = "pikv-cache"
 VERSION = 1
@@ -62,7 +62,7 @@ def write_layers(path: str | os.PathLike[str], layers: Sequence[Any], config: An
     contents = json.dumps(
         {
             "pikv": __version__,
-            "model": facts_of(config),
+            "model": model_signature(config),
             "layers": [{"kind": layer.kind, "state": layer.state} for layer in packed],
             "tensors": {name: _describe(tensor) for name, tensor in tensors.items()},
         }
@@ -85,7 +85,7 @@ def read_layers(path: str | os.PathLike[str], config: Any) -> list[PackedLayer]:
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             contents = _read_contents(file.metadata() or {})
-            check_same_model(contents["model"], facts_of(config))
+            check_same_model(contents["model"], model_signature(config))
             tensors = _read_tensors(file, contents["tensors"])
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
@@ -172,7 +172,7 @@ def _pack_ragged(layer: Any) -> tuple[Tensors, State]:
         "num_kv_heads": rows.num_kv_heads,
         "seen": list(rows.seen),
         "seen_at_eviction": list(rows.seen_at_eviction),
-        "blocks": [{"rows": block.rows, "capacity": block.capacity} for block in rows.blocks],
+        "blocks": [{"rows": block.row_ids, "capacity": block.capacity} for block in rows.blocks],
     }
 
 

@@ -11,7 +11,7 @@ from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
 from pikv.presses.duo import DuoAttentionPress
 from pikv.presses.expected import ExpectedAttentionPress
 from pikv.presses.h2o import H2OPress
-from pikv.presses.headwise import HeadBudgetPress
+from pikv.presses.headwise import ProfileBudgetPress
 from pikv.presses.keydiff import KeyDiffPress
 from pikv.presses.keyrotation import KeyRerotationPress
 from pikv.presses.knorm import KnormPress
@@ -44,7 +44,6 @@ __all__ = [
     "DuoAttentionPress",
     "ExpectedAttentionPress",
     "H2OPress",
-    "HeadBudgetPress",
     "KVzipPress",
     "KeyDiffPress",
     "KeyRerotationPress",
@@ -56,6 +55,7 @@ __all__ = [
     "NonCausalAttentionPress",
     "PerLayerPress",
     "PrefillDecodingPress",
+    "ProfileBudgetPress",
     "ProtectedPress",
     "PyramidKVPress",
     "QFiltersPress",

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from pikv.core import Kept, LayerView
 from pikv.presses.session import apply
-from pikv.presses.stage import FreeStage, Kept, Stage
-from pikv.scoring.base import LayerView
+from pikv.presses.stage import FreeStage, Stage
 
 
 class BasePress:
@@ -15,7 +15,7 @@ class BasePress:
     A press holds settings and statistics only. What belongs to a model is made by ``bind`` when the press is applied, so one
     press used on two models, or twice, gives the same answer. Of nested blocks the innermost acts.
 
-    A press of one's own overrides ``compress`` and ``smallest``.
+    A press of one's own overrides ``compress`` and ``min_kept``.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class BasePress:
         """Returns the tokens of one layer to keep, for every row ``b * G + g`` ascending token numbers; None keeps all."""
         return None
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         """Tokens that the smallest row would keep of a context of ``num_tokens``."""
         return num_tokens
 

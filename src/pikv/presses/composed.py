@@ -24,9 +24,9 @@ class ComposedPress(BasePress):
     def bind(self, model: Any) -> Sequence[Stage]:
         return joined([stage for press in self.presses for stage in press.bind(model)], self)
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         for press in self.presses:
-            num_tokens = press.smallest(num_tokens)
+            num_tokens = press.min_kept(num_tokens)
         return num_tokens
 
     def get_stats(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class DecodingPress(WrapperPress):
     ) -> None:
         super().__init__(press)
         self.amount = Amount(tokens=target_size)
-        self.schedule = EveryTokens(compression_interval, min(buffer_size, compression_interval))
+        self.trigger = EveryTokens(compression_interval, min(buffer_size, compression_interval))
 
     @property
     def compression_ratio(self) -> float:
@@ -35,9 +35,9 @@ class DecodingPress(WrapperPress):
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         if stage.reread:
             raise ValueError(f"{stage.press!r} reads the context again, which it cannot while decoding")
-        return replace(stage, schedule=self.schedule, budget=stage.budget.with_amount(self.amount))
+        return replace(stage, trigger=self.trigger, budget=stage.budget.with_amount(self.amount))
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         return num_tokens
 
 
@@ -60,8 +60,8 @@ class PrefillDecodingPress(BasePress):
         parts = (self.prefilling_press, self.decoding_press)
         return [stage for press in parts for stage in joined(press.bind(model), self)]
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.prefilling_press.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.prefilling_press.min_kept(num_tokens)
 
     def get_stats(self) -> dict[str, Any]:
         """As for every press, and what each of the two says of itself."""

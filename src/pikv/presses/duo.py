@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pikv.budget.amount import check_ratio
-from pikv.budget.heads import HeadBudget
+from pikv.budget.heads import StreamingHeadBudget
 from pikv.calibration.heads import find_retrieval_heads, head_shape, load_head_scores
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage, Stage
@@ -66,7 +66,7 @@ class DuoAttentionPress(BasePress):
             scores = load_head_scores(scores, model.config)
         if tuple(scores.shape) != head_shape(model.config):
             raise ValueError(f"head scores of shape {tuple(scores.shape)}, but the model has {head_shape(model.config)} heads")
-        budget = HeadBudget(
+        budget = StreamingHeadBudget(
             scores,
             ratio=self._ratio,
             head_ratio=self.head_compression_ratio,
@@ -75,5 +75,5 @@ class DuoAttentionPress(BasePress):
         )
         return [ScoredStage(presses=(self,), scorer=PositionScorer(self.sink_size), budget=budget)]
 
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         return min(self.sink_size + self.recent_size, num_tokens)

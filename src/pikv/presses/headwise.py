@@ -7,17 +7,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pikv.budget.profiles import ProfileBudget
+from pikv.core import LayerView
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.routing.calibration import Calibration
 from pikv.routing.known import resolve
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 from pikv.scoring.wrapping import WrappingScorer
 
 
-class HeadBudgetPress(WrapperPress):
+class ProfileBudgetPress(WrapperPress):
     """Shares another press's tokens out among all heads and layers by what later queries read, as calibration measured it.
 
     Every head keeps the first ``sink_size`` and the last ``recent_size`` tokens first, then by the other press's scores.

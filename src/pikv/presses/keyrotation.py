@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from pikv.cache.notes import Gapless
+from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows
+from pikv.core import Decision, Kept, LayerView
 from pikv.hf.rotary import Rotary
-from pikv.presses.stage import Decision, Kept, ScoredStage, Stage
+from pikv.presses.stage import ScoredStage, Stage
 from pikv.presses.wrapper import WrapperPress
-from pikv.scoring.base import LayerView
 
 
 class KeyRerotationPress(WrapperPress):
@@ -54,15 +54,15 @@ class _RotatingStage(ScoredStage):
         self.inner.after_keep(view, kept, rows)
         before, heads = view.key_positions, rows.num_kv_heads
         for block in rows.blocks:
-            old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.rows])
-            ends = torch.tensor([int(view.seen[row // heads]) for row in block.rows], device=old.device).unsqueeze(1)
+            old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.row_ids])
+            ends = torch.tensor([int(view.seen[row // heads]) for row in block.row_ids], device=old.device).unsqueeze(1)
             new = ends - block.length + torch.arange(block.length, device=old.device)
             keys = block.keys[:, : block.length]
             block.keys[:, : block.length] = self.rotary.rotate(keys, new - old, view.layer_idx)
-        view.notes[Gapless] = Gapless(seen=int(view.seen.sum()), lengths=rows.lengths)
+        view.state[ContiguousPositions] = ContiguousPositions(seen=int(view.seen.sum()), lengths=rows.lengths)
 
     def _check(self, view: LayerView) -> None:
-        has_gaps = Gapless not in view.notes and bool((view.kept.lengths != view.seen.view(-1, 1)).any())
+        has_gaps = ContiguousPositions not in view.state and bool((view.kept.lengths != view.seen.view(-1, 1)).any())
         if has_gaps:
             raise ValueError(
                 "another press evicted tokens from this cache, or it comes from a file: its keys may stand with gaps"

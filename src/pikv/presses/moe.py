@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,9 +14,10 @@ from pikv.budget.base import Budget
 from pikv.budget.profiles import ProfileBudget
 from pikv.cache.rows import RaggedRows
 from pikv.calibration.heads import head_shape
+from pikv.core import Kept, LayerView
 from pikv.hf.support import ragged_layers
 from pikv.presses.scorer import ScorerPress
-from pikv.presses.stage import Kept, ScoredStage, Stage
+from pikv.presses.stage import ScoredStage, Stage
 from pikv.routing.base import MoERouter
 from pikv.routing.calibrate import calibrate
 from pikv.routing.calibration import Calibration
@@ -26,10 +26,9 @@ from pikv.routing.known import resolve
 from pikv.routing.panel import VotePanel
 from pikv.routing.pikv import PiKVRouter
 from pikv.routing.stats import RoutingStats
-from pikv.routing.votes import Ballot, RoutedVotesScorer, after_decision
-from pikv.scoring.base import LayerView
+from pikv.routing.votes import Ballot, RoutedVotesScorer, after_decision, mean_weights
 from pikv.scoring.experts import EXPERTS, RetentionExpert, default_experts, get_expert
-from pikv.scoring.hooked import CompressionExpert
+from pikv.scoring.hooked import Compress, CompressionExpert
 
 
 class MoERouterPress(ScorerPress):
@@ -130,7 +129,7 @@ class MoERouterPress(ScorerPress):
             capacity_factor=self.capacity_factor,
             dropout=self.dropout,
             aux_loss_weight=self.aux_loss_weight,
-            options={self.router_type: self._options(("cache_aware",))},
+            options={self.router_type: self._further_options()},
             **options,
         )
         return self.calibration
@@ -141,7 +140,7 @@ class MoERouterPress(ScorerPress):
         """For subclasses with strategies of their own: the keys and values ``[n, 1, L, D]`` that a strategy keeps.
 
         The strategy's vote is 1 for these. One that keeps everything leaves it to the expert of that name, if there is one.
-        ``router_probs`` ``[E]`` is how much the experts are listened to as long as nothing is known of a token, evenly.
+        ``router_probs`` ``[E]`` is how much each expert is listened to, the mean over the layer's tokens.
         """
         return keys, values
 
@@ -193,15 +192,14 @@ class MoERouterPress(ScorerPress):
         names = [self.expert_strategies[number] for number in sorted(self.expert_strategies)]
         if len(set(names)) != len(names):
             raise ValueError(f"expert_strategies names an expert twice: {', '.join(names)}")
-        even = torch.full((len(names),), 1 / len(names))
         has_own = type(self)._apply_expert_compression is not MoERouterPress._apply_expert_compression
         experts = {}
         for name in names:
             known = self.experts.get(name)
             if known is None and (name in EXPERTS or not has_own):
                 known = get_expert(name)
-            own = partial(self._apply_expert_compression, strategy=name, router_probs=even)
-            experts[name] = CompressionExpert(own, known) if has_own or known is None else known
+            own = partial(self._apply_expert_compression, strategy=name)
+            experts[name] = _OwnStrategy(own, known) if has_own or known is None else known
         return experts
 
     def _untrained(self, model: Any, num_experts: int) -> dict[int, VotePanel]:
@@ -214,12 +212,20 @@ class MoERouterPress(ScorerPress):
     def _new_router(self, hidden_size: int, num_experts: int) -> MoERouter:
         return create_moe_router(self.router_type, hidden_size, num_experts, self.top_k, **self._options())
 
-    def _options(self, names: Sequence[str] = ("capacity_factor", "dropout", "cache_aware")) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """This press's options that its kind of router has."""
-        own = {name: getattr(self, name) for name in names}
-        if not issubclass(router_class(self.router_type), PiKVRouter):
-            own.pop("cache_aware", None)
-        return own
+        return {"capacity_factor": self.capacity_factor, "dropout": self.dropout, **self._further_options()}
+
+    def _further_options(self) -> dict[str, Any]:
+        """Those that not all kinds have."""
+        return {"cache_aware": self.cache_aware} if issubclass(router_class(self.router_type), PiKVRouter) else {}
+
+
+class _OwnStrategy(CompressionExpert):
+    """A strategy that a subclass of the press brings, which is told how the experts are weighed."""
+
+    def compress_in(self, view: LayerView) -> Compress:
+        return partial(self.compress, router_probs=mean_weights(view))
 
 
 class RoutedStage(ScoredStage):

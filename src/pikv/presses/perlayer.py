@@ -34,5 +34,5 @@ class PerLayerPress(WrapperPress):
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return replace(stage, budget=self.budget)
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.budget.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.budget.min_kept(num_tokens)

@@ -2,11 +2,11 @@
 
 import inspect
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from pikv.budget.amount import check_ratio
+from pikv.names.unknown import unknown
 from pikv.presses.base import BasePress
 from pikv.presses.composed import ComposedPress
 from pikv.presses.kvpress import build_kvpress
@@ -45,7 +45,7 @@ _PRESSES = {
     "chunkkv": _Entry("chunkkv", "ChunkKVPress", wraps="snapkv"),
     "criticalkv": _Entry("criticalkv", "CriticalKVPress", wraps="snapkv"),
     "keyrotation": _Entry("keyrotation", "KeyRerotationPress", wraps="snapkv"),
-    "headwise": _Entry("headwise", "HeadBudgetPress", wraps="snapkv"),
+    "headwise": _Entry("headwise", "ProfileBudgetPress", wraps="snapkv"),
     **{
         kind: _Entry("moe", "MoERouterPress", {"router_type": kind})
         for kind in ("base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical")
@@ -104,9 +104,7 @@ def press_class(name: str) -> type[BasePress]:
 
 def _entry(name: str) -> _Entry:
     if name not in _PRESSES:
-        near = get_close_matches(name, _PRESSES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown press {name!r}{hint} (there is {', '.join(_PRESSES)})")
+        raise unknown("press", name, _PRESSES)
     return _PRESSES[name]
 
 

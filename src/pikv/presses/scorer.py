@@ -38,8 +38,8 @@ class ScorerPress(BasePress):
     def bind(self, model: Any) -> Sequence[Stage]:
         return [ScoredStage(presses=(self,), scorer=self.scorer.bind(model), budget=self.budget)]
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.budget.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.budget.min_kept(num_tokens)
 
     def __repr__(self) -> str:
         amount = self.budget.amount

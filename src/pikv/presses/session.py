@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from pikv.budget.select import values_of
-from pikv.hf.attention import AttentionCall
-from pikv.hf.hooks import ForwardInputs, ObservedCall, observe
+from pikv.core import AttentionCall, LayerView
+from pikv.hf.hooks import ForwardInputs, observe
 from pikv.hf.reread import check_room, read_again
 from pikv.hf.support import check_supported, ragged_layers
-from pikv.presses.steps import Held, Steps, note_of
-from pikv.scoring.base import LayerView
-from pikv.scoring.views import view_of
+from pikv.presses.steps import DecodingHistory, LastLength, state_of
 
 if TYPE_CHECKING:
     from pikv.presses.base import BasePress
@@ -46,10 +44,10 @@ class Session:
         self.model = model
         self.stages = stages
         self.ranks = {layer: rank for rank, layer in enumerate(ragged_layers(model.config))}
-        self.num_kept_steps = max((stage.schedule.queries_while_decoding for stage in stages), default=0)
+        self.num_kept_steps = max((stage.trigger.queries_while_decoding for stage in stages), default=0)
         self.reread = next((stage.reread for stage in stages if stage.reread), None)
         self.waits = False  # with all decisions, for a second reading
-        self.waiting: dict[int, ObservedCall] = {}
+        self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
         self.inputs: ForwardInputs | None = None
 
@@ -60,8 +58,8 @@ class Session:
         self.waiting.clear()
         num_tokens = num_seen = inputs.cache.get_seq_length() + inputs.num_new
         for stage in self.stages:
-            if stage.schedule.should_act(inputs.num_new, 0):
-                num_tokens = stage.smallest(num_tokens)
+            if stage.trigger.should_act(inputs.num_new, 0):
+                num_tokens = stage.min_kept(num_tokens)
         if num_tokens < 1:
             raise ValueError(f"{self.press!r} would keep no token of a context of {num_seen}; lower the ratio")
         self.waits = self.reread is not None and inputs.num_new > 1 and num_tokens < num_seen
@@ -70,63 +68,65 @@ class Session:
                 raise ValueError(f"{self.press!r} reads the context twice and needs its input_ids")
             check_room(self.model, inputs, self.reread)
 
-    def after_attention(self, observed: ObservedCall) -> None:
+    def after_attention(self, call: AttentionCall) -> None:
         """Lets the stages whose time has come decide about the layer that was just computed."""
         if self.waits:
             if not any(stage.reads_queries for stage in self.stages):
-                observed = observed.newest_column()
-            self.waiting[observed.call.layer_idx] = observed
+                call = call.newest_column()
+            self.waiting[call.layer_idx] = call
         else:
-            self.act(observed)
+            self.act(call)
 
     def after_forward(self, inputs: ForwardInputs) -> None:
         """Has the context read again, and lets the stages decide with what that shows."""
         if self.reread and self.waiting:
             attention = read_again(self.model, inputs, self.reread)
-            for layer, observed in self.waiting.items():
-                self.act(observed, attention[layer])
-                observed.call.rows.fit()  # the second reading needed room
+            for layer, call in self.waiting.items():
+                self.act(call, attention[layer])
+                call.rows.fit()  # the second reading needed room
         self.waiting.clear()
         self.scratch.clear()
         self.inputs = None
 
     @torch.no_grad()
-    def act(self, observed: ObservedCall, reread: Tensor | None = None) -> None:
+    def act(self, call: AttentionCall, reread: Tensor | None = None) -> None:
         """Takes the decision of every stage that is due about one layer, and carries it out.
 
         The first stage's ratio refers to all tokens seen, every further one's to what the stage before wants to be left of
         them. So a conversation that is compressed turn by turn ends up with the same share as one that is compressed at
         once.
         """
-        call, rows = observed.call, observed.call.rows
-        steps = note_of(Steps, call, self.press)
-        steps.add(observed, self.num_kept_steps)
-        due = [stage for stage in self.stages if stage.schedule.should_act(observed.num_new, steps.num_single)]
-        given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
-        for stage in self.stages:
-            if stage.watches and stage not in due and observed.num_new > 1:
-                stage.watch(self._view(stage, observed, given, reread, is_first=not due))
-        if not due:
-            return
-        if observed.num_new == 1:
-            observed = steps.joined(observed)
-        books = _Books(call)
+        rows = call.rows
+        steps = state_of(DecodingHistory, call, self.press)
+        steps.add(call, self.num_kept_steps)
+        due = [stage for stage in self.stages if stage.trigger.should_act(call.num_new, steps.num_single)]
+        watching = [stage for stage in self.stages if stage.watches and stage not in due] if call.num_new > 1 else []
+        if due:
+            self._decide(due, steps.joined(call) if call.num_new == 1 else call, reread)
+            call.state[DecodingHistory, self.press] = DecodingHistory(seen=steps.seen)
+        for stage in watching:
+            stage.watch(self._view(stage, call, rows.lengths, None, is_first=not due))
+
+    def _decide(self, due: Sequence[Stage], call: AttentionCall, reread: Tensor | None) -> None:
+        """Takes the decisions of the stages that are due, one after the other."""
+        rows = call.rows
+        books = StatsRecorder(call)
+        num_given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
         for stage in due:
             num_before = int(rows.lengths.sum())
-            view = self._view(stage, observed, given, reread, is_first=stage is due[0])
+            view = self._view(stage, call, num_given, reread, is_first=stage is due[0])
             decision = stage.decide(view)
             if decision.kept is not None:
                 rows.keep(decision.kept)
                 stage.after_keep(view, decision.kept, rows)
                 reread = None if reread is None else values_of(decision.kept, reread)
             books.enter(stage.presses, num_before)
-            given = rows.lengths if decision.wanted is None else decision.wanted
+            num_given = rows.lengths if decision.target_lengths is None else decision.target_lengths
             for layer, kept in decision.earlier.items():
                 self._revise(stage, layer, kept)
         if any(stage.is_bounded_in_bytes for stage in due):
             rows.fit()
         books.close()
-        call.notes[Steps, self.press] = Steps(seen=steps.seen)
 
     def _revise(self, stage: Stage, layer: int, kept: Sequence[Tensor]) -> None:
         """Takes from a layer that was decided about before."""
@@ -137,16 +137,18 @@ class Session:
         rows.keep(kept)
         for press in stage.presses:
             press.record(layer, 0, num_evicted)
-            cache.notes(layer)[Held, press] = Held(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+            cache.state(layer)[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
 
-    def _view(self, stage: Stage, observed: ObservedCall, given: Tensor, reread: Tensor | None, *, is_first: bool) -> LayerView:
+    def _view(
+        self, stage: Stage, call: AttentionCall, num_given: Tensor, reread: Tensor | None, *, is_first: bool
+    ) -> LayerView:
         """What a stage is shown of a layer."""
         assert self.inputs is not None
-        return view_of(
-            observed,
-            rank=self.ranks[observed.call.layer_idx],
+        return LayerView.of(
+            call,
+            rank=self.ranks[call.layer_idx],
             num_layers=len(self.ranks),
-            given=given,
+            num_given=num_given,
             is_first_stage=is_first,
             reserved_bytes=self.inputs.cache.reserved_nbytes,
             reread=reread,
@@ -154,7 +156,7 @@ class Session:
         )
 
 
-class _Books:
+class StatsRecorder:
     """What every press was given in one layer, and how much of it it evicted, entered into its statistics."""
 
     def __init__(self, call: AttentionCall) -> None:
@@ -165,7 +167,7 @@ class _Books:
         """Enters what a stage did to the rows, which held ``num_before`` tokens, for all presses that it is part of."""
         num_evicted = num_before - int(self.call.rows.lengths.sum())
         for press in presses:
-            held = note_of(Held, self.call, press)
+            held = state_of(LastLength, self.call, press)
             # Of several stages of one press, the first one is given what came since the press last acted.
             num_given = 0 if press in self.entered else num_before - held.num_tokens
             press.record(self.call.layer_idx, num_given, num_evicted)
@@ -175,4 +177,4 @@ class _Books:
         """Notes what the rows hold now, to tell later what came since."""
         rows = self.call.rows
         for press in self.entered:
-            self.call.notes[Held, press] = Held(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+            self.call.state[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))

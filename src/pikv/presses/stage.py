@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,29 +13,13 @@ from torch import Tensor
 from pikv.budget.base import Budget, JointBudget, ScoredLayer
 from pikv.budget.select import select, values_of
 from pikv.cache.rows import RaggedRows
-from pikv.hf.reread import Reread
+from pikv.core import Decision, Kept, LayerView, Reread
 from pikv.scheduling.after_prefill import AfterPrefill
-from pikv.scheduling.base import Schedule
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scheduling.base import Trigger
+from pikv.scoring.base import Scorer
 
 if TYPE_CHECKING:
     from pikv.presses.base import BasePress
-
-Kept = Sequence[Tensor]
-"""For every row ``b * G + g`` the numbers of the tokens to keep, ascending (int64)."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Decision:
-    """Which tokens of a layer to keep; None leaves the layer as it is.
-
-    ``wanted`` ``[B, G]`` is how many tokens the rows would hold had all of the given ones been there; None: as many as they do.
-    A further stage's ratio refers to it. ``earlier`` is what to keep of layers before this one, by layer index.
-    """
-
-    kept: Kept | None
-    wanted: Tensor | None = None
-    earlier: Mapping[int, Kept] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +30,7 @@ class Stage(ABC):
     """
 
     presses: tuple[BasePress, ...]
-    schedule: Schedule = field(default_factory=AfterPrefill)
+    trigger: Trigger = field(default_factory=AfterPrefill)
 
     @property
     def press(self) -> BasePress:
@@ -92,7 +76,7 @@ class Stage(ABC):
         """Is told when a decision was carried out: the view it was based on, what was kept, and the rows as they are now."""
 
     @abstractmethod
-    def smallest(self, num_tokens: int) -> int:
+    def min_kept(self, num_tokens: int) -> int:
         """Tokens that the smallest row would keep of a context of ``num_tokens``."""
 
 
@@ -105,8 +89,8 @@ class FreeStage(Stage):
     def decide(self, view: LayerView) -> Decision:
         return Decision(kept=self.compress(view))
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.press.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.press.min_kept(num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,19 +133,19 @@ class ScoredStage(Stage):
             self.scorer.watch(view)
 
     def decide(self, view: LayerView) -> Decision:
-        wanted, lengths = self.budget.wanted(view), view.kept.lengths
-        if self.budget.has_room(view, wanted):
+        target_lengths, lengths = self.budget.target_lengths(view), view.kept.lengths
+        if self.budget.has_room(view, target_lengths):
             self.watch(view)
-            return Decision(kept=None, wanted=wanted)
-        view = replace(view, allotted=torch.minimum(wanted, lengths))
+            return Decision(kept=None, target_lengths=target_lengths)
+        view = replace(view, budget=torch.minimum(target_lengths, lengths))
         scores, num_protected = self.scorer.score(view), torch.zeros_like(lengths)
         if self.protected:
             protected = self._is_protected(view)
             scores, num_protected = scores.masked_fill(protected, float("inf")), protected.sum(2).cpu()
         if isinstance(self.budget, JointBudget):
-            return self._decide_jointly(self.budget, view, scores, wanted, num_protected)
-        counts = torch.maximum(self.budget.counts(view, scores, wanted), num_protected)
-        return Decision(kept=select(scores, counts, lengths), wanted=wanted)
+            return self._decide_jointly(self.budget, view, scores, target_lengths, num_protected)
+        counts = torch.maximum(self.budget.counts(view, scores, target_lengths), num_protected)
+        return Decision(kept=select(scores, counts, lengths), target_lengths=target_lengths)
 
     def _is_protected(self, view: LayerView) -> Tensor:
         positions = view.kept.positions
@@ -171,7 +155,7 @@ class ScoredStage(Stage):
         return protected
 
     def _decide_jointly(
-        self, budget: JointBudget, view: LayerView, scores: Tensor, wanted: Tensor, num_protected: Tensor
+        self, budget: JointBudget, view: LayerView, scores: Tensor, target_lengths: Tensor, num_protected: Tensor
     ) -> Decision:
         layers: list[ScoredLayer] = view.scratch.setdefault("layers", [])
         layers.append(
@@ -179,7 +163,7 @@ class ScoredStage(Stage):
                 layer_idx=view.layer_idx,
                 scores=scores,
                 lengths=view.kept.lengths,
-                wanted=wanted,
+                target_lengths=target_lengths,
                 num_protected=num_protected,
                 preference=budget.preference(view),
             )
@@ -190,10 +174,10 @@ class ScoredStage(Stage):
             if bool((counts < layer.lengths).any()):
                 chosen[layer.layer_idx] = kept = select(layer.scores, counts, layer.lengths)
                 layer.scores, layer.lengths = values_of(kept, layer.scores), counts
-        return Decision(kept=chosen.pop(view.layer_idx, None), wanted=wanted, earlier=chosen)
+        return Decision(kept=chosen.pop(view.layer_idx, None), target_lengths=target_lengths, earlier=chosen)
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.budget.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.budget.min_kept(num_tokens)
 
 
 def joined(stages: Sequence[Stage], press: BasePress) -> list[Stage]:

@@ -9,68 +9,71 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pikv.cache.notes import Note
-from pikv.hf.attention import AttentionCall
-from pikv.hf.hooks import ObservedCall
+from pikv.cache.row_state import RowState
+from pikv.core import AttentionCall
 
-_Note = TypeVar("_Note", bound=Note)
+_RowState = TypeVar("_RowState", bound=RowState)
 
 
 @dataclass
-class Held(Note):
+class LastLength(RowState):
     """How many tokens the rows of a layer held after a press's last action: what more there is was given to it since."""
 
     num_tokens: int = 0
 
 
 @dataclass
-class Steps(Note):
+class DecodingHistory(RowState):
     """Tokens that came one by one since the last action, and what the newest of them brought."""
 
     num_single: int = 0
-    newest: list[Step] = field(default_factory=list)
+    newest: list[DecodedToken] = field(default_factory=list)
 
-    def add(self, observed: ObservedCall, num_kept: int) -> None:
+    def add(self, call: AttentionCall, num_kept: int) -> None:
         """Notes a forward pass, and keeps what the last ``num_kept`` single tokens brought."""
-        call = observed.call
         seen_before, self.seen = self.seen, sum(call.rows.seen)
-        if observed.num_new > 1:
+        if call.num_new > 1:
             self.newest = []
             return
-        num_real = len(call.queries) if call.real is None else int(call.real.sum())
+        num_real = len(call.queries) if call.is_token is None else int(call.is_token.sum())
         if seen_before + num_real != self.seen:  # tokens came that nobody told us of
             self.num_single = 0
             self.newest = []
         self.num_single += 1
         if num_kept:
-            self.newest = [*self.newest, Step.of(observed)][-num_kept:]
+            self.newest = [*self.newest, DecodedToken.of(call)][-num_kept:]
 
-    def joined(self, observed: ObservedCall) -> ObservedCall:
+    def joined(self, call: AttentionCall) -> AttentionCall:
         """The newest call, as if the tokens of the steps kept had come together with its own."""
         if not self.newest:
-            return observed
+            return call
         columns = [torch.cat(column, dim=1) for column in zip(*(step.columns for step in self.newest), strict=True)]
-        queries, hidden_states, real, *embeddings = columns
-        arguments = dict(observed.arguments)
+        queries, hidden_states, is_token, *embeddings = columns
+        arguments = dict(call.arguments)
         if embeddings:
             arguments["position_embeddings"] = tuple(embeddings)
-        call = replace(observed.call, queries=queries.transpose(1, 2), real=real, logsumexp=None)
-        return replace(observed, call=call, hidden_states=hidden_states, arguments=arguments)
+        return replace(
+            call,
+            queries=queries.transpose(1, 2),
+            is_token=is_token,
+            logsumexp=None,
+            hidden_states=hidden_states,
+            arguments=arguments,
+        )
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodedToken:
     """What one token brought: ``[B, 1, ...]`` each of queries, hidden states, whether it is real, and position embeddings."""
 
     columns: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, observed: ObservedCall) -> Step:
-        call = observed.call
-        real = call.real
-        if real is None:
-            real = torch.ones(observed.hidden_states.shape[:2], dtype=torch.bool, device=call.queries.device)
-        return cls((call.queries.transpose(1, 2), observed.hidden_states, real, *_embeddings(observed.arguments)))
+    def of(cls, call: AttentionCall) -> DecodedToken:
+        is_token = call.is_token
+        if is_token is None:
+            is_token = torch.ones(call.hidden_states.shape[:2], dtype=torch.bool, device=call.queries.device)
+        return cls((call.queries.transpose(1, 2), call.hidden_states, is_token, *_embeddings(call.arguments)))
 
 
 def _embeddings(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -78,8 +81,8 @@ def _embeddings(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return embeddings if isinstance(embeddings, tuple) else ()
 
 
-def note_of(kind: type[_Note], call: AttentionCall, owner: Hashable) -> _Note:
-    """The note of this kind that ``owner`` keeps beside the rows of a call; a new one, where there is none."""
-    note = call.notes.setdefault((kind, owner), kind(seen=0))
-    assert isinstance(note, kind)
-    return note
+def state_of(kind: type[_RowState], call: AttentionCall, owner: Hashable) -> _RowState:
+    """The state of this kind that ``owner`` keeps beside the rows of a call; a new one, where there is none."""
+    state = call.state.setdefault((kind, owner), kind(seen=0))
+    assert isinstance(state, kind)
+    return state

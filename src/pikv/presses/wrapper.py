@@ -39,8 +39,8 @@ class WrapperPress(BasePress):
             raise ValueError(f"{type(self).__name__} needs a press made of a scorer and a budget, not {stage.press!r}")
         return replace(stage, presses=(*stage.presses, self))
 
-    def smallest(self, num_tokens: int) -> int:
-        return self.press.smallest(num_tokens)
+    def min_kept(self, num_tokens: int) -> int:
+        return self.press.min_kept(num_tokens)
 
     def get_stats(self) -> dict[str, Any]:
         """As for every press, and under ``press`` what the other one says of itself."""

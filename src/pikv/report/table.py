@@ -7,9 +7,9 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pikv.experiments.expectation import judge_router_with_duo
 from pikv.experiments.ranking import rank_at_equal_bytes
 from pikv.experiments.results import Comparison
+from pikv.experiments.router_with_duo import judge_router_with_duo
 
 Column = tuple[str, Callable[[pd.Series], str]]
 

@@ -126,6 +126,7 @@ class MoERouter(nn.Module):
             made=made,
             slots=slots,
             accepted=slots >= 0,
+            load=load,
             probs=probs,
             loss=torch.stack([weight * term for weight, term in terms.values()]).sum(),
             capacity=capacity,

@@ -12,7 +12,7 @@ import torch
 from pikv.calibration.heads import find_retrieval_heads, judge_heads
 from pikv.calibration.lessons import make_lessons
 from pikv.calibration.progress import ProgressBar, no_progress
-from pikv.hf.identity import facts_of, fingerprint
+from pikv.hf.identity import fingerprint, model_signature
 from pikv.hf.support import check_supported
 from pikv.routing.calibration import Calibration
 from pikv.routing.exam import examine
@@ -83,7 +83,7 @@ def calibrate(
         taken = examine(model, lessons, experts, panels, trainer.profiles)
     sources = "synthetic" if texts_or_tasks is None else f"{len(texts_or_tasks)} texts or tasks"
     return Calibration(
-        facts=facts_of(model.config),
+        facts=model_signature(model.config),
         fingerprint=fingerprint(model),
         experts=tuple(experts),
         panels={kind: [panel.state_dict() for panel in layers] for kind, layers in panels.items()},

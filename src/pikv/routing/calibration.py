@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pikv.calibration.heads import head_shape
 from pikv.hf.files import write_whole
-from pikv.hf.identity import Facts, check_same_model, facts_of, fingerprint, is_same_fingerprint
+from pikv.hf.identity import ModelSignature, check_same_model, fingerprint, is_same_fingerprint, model_signature
 from pikv.hf.support import ragged_layers
 from pikv.routing.factory import create_moe_router
 from pikv.routing.panel import VotePanel
@@ -33,7 +33,7 @@ class Calibration:
     done; all three as JSON has them.
     """
 
-    facts: Facts
+    facts: ModelSignature
     fingerprint: Tensor
     experts: tuple[str, ...]
     panels: Mapping[str, Sequence[Mapping[str, Tensor]]]
@@ -45,7 +45,7 @@ class Calibration:
 
     def check(self, model: Any) -> None:
         """Raises ValueError, with the reason, if this was learned on another model."""
-        check_same_model(self.facts, facts_of(model.config))
+        check_same_model(self.facts, model_signature(model.config))
         if not is_same_fingerprint(self.fingerprint, fingerprint(model)):
             raise ValueError("made for a model of the same kind, but with other weights")
 

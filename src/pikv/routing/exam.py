@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv.budget.profiles import share_by_profile
+from pikv.budget.profiles import WINDOW_SIZE, share_by_profile
+from pikv.budget.select import select
 from pikv.calibration.future import LayerReading, read_lesson
 from pikv.calibration.lessons import Lessons
 from pikv.routing.panel import VotePanel, mixture_of
@@ -15,7 +16,6 @@ from pikv.scoring.experts import RetentionExpert
 
 NUM_LESSONS = 4
 RATIOS = (0.5, 0.8, 0.9)
-_WINDOW = 20
 
 
 @torch.no_grad()
@@ -36,37 +36,32 @@ def examine(
     num_lessons = min(NUM_LESSONS, lessons.num_held_out)
     for index in range(num_lessons):
         readings = read_lesson(model, lessons.held_out(index))
+        votes = [votes_of(experts, reading) for reading in readings]
         for name in ("best", *panels, "even"):
-            scores = [_scores(name, panels, rank, reading, experts) for rank, reading in enumerate(readings)]
+            scores = [_scores(name, panels, rank, *known) for rank, known in enumerate(zip(readings, votes, strict=True))]
             for ratio in RATIOS:
                 kept = found.setdefault(name, {}).setdefault(f"{ratio:.0%}", [])
                 kept.append(_share_kept(readings, scores, profiles, ratio))
     return {name: {ratio: sum(kept) / num_lessons for ratio, kept in shares.items()} for name, shares in found.items()}
 
 
-def _scores(
-    name: str,
-    panels: Mapping[str, Sequence[VotePanel]],
-    rank: int,
-    reading: LayerReading,
-    experts: Mapping[str, RetentionExpert],
-) -> Tensor:
+def _scores(name: str, panels: Mapping[str, Sequence[VotePanel]], rank: int, reading: LayerReading, votes: Tensor) -> Tensor:
+    """Scores of one layer, ``[1, G, T]``."""
     if name == "best":
-        return reading.taken
-    votes = votes_of(experts, reading)
+        return reading.taken.unsqueeze(0)
     if name == "even":
-        return votes.mean(-1)[0]
+        return votes.mean(-1)
     panel = panels[name][rank]
-    scores: Tensor = panel(mixture_of(panel.router.route(reading.view.hidden_states)), votes)[0]
+    scores: Tensor = panel(mixture_of(panel.router.route(reading.view.hidden_states)), votes)
     return scores
 
 
 def _share_kept(readings: Sequence[LayerReading], scores: Sequence[Tensor], profiles: Tensor, ratio: float) -> float:
     num_tokens = readings[0].taken.shape[1]
-    counts = share_by_profile(profiles, num_tokens, max(1, round(num_tokens * (1 - ratio))), _WINDOW)
+    counts = share_by_profile(profiles, num_tokens, max(1, round(num_tokens * (1 - ratio))), WINDOW_SIZE)
     kept = total = 0.0
     for reading, layer, row in zip(readings, scores, counts, strict=True):
-        ranks = layer.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        kept += float(reading.taken[ranks < row.to(ranks.device).unsqueeze(1)].sum())
+        chosen = select(layer, row.unsqueeze(0), torch.full((1, len(row)), num_tokens))
+        kept += sum(float(taken[tokens].sum()) for taken, tokens in zip(reading.taken, chosen, strict=True))
         total += float(reading.taken.sum())
     return kept / total

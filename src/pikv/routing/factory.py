@@ -1,8 +1,8 @@
 """Routers by name."""
 
-from difflib import get_close_matches
 from typing import Any
 
+from pikv.names.unknown import unknown
 from pikv.routing.adaptive import AdaptiveRouter
 from pikv.routing.base import MoERouter
 from pikv.routing.eplb import EPLBRouter
@@ -35,9 +35,7 @@ def router_class(kind: str) -> type[MoERouter]:
         ValueError: for an unknown name.
     """
     if kind not in ROUTERS:
-        near = get_close_matches(kind, ROUTERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown router {kind!r}, there is {', '.join(ROUTERS)}{hint}")
+        raise unknown("router", kind, ROUTERS)
     return ROUTERS[kind]
 
 

@@ -17,6 +17,7 @@ class Routing:
         made: ``[B, T, K]``, False for a choice that a token does not make (forbidden, or beyond what it asks for), of weight 0
         slots: ``[B, T, K]``, the place at the expert, -1 without one
         accepted: ``[B, T, K]``, True for a choice that was made and got a slot
+        load: ``[B, E]``, choices made of each expert by each sequence, dropped ones included
         probs: ``[B, T, E]``
         loss: the auxiliary loss, a scalar, the mean over sequences
         terms: parts of the loss by name, not weighted, scalars
@@ -28,6 +29,7 @@ class Routing:
     made: Tensor
     slots: Tensor
     accepted: Tensor
+    load: Tensor
     probs: Tensor
     loss: Tensor
     capacity: int
@@ -38,11 +40,6 @@ class Routing:
     def num_dropped(self) -> int:
         """Choices that were made and found no slot."""
         return int((self.made & ~self.accepted).sum())
-
-    @property
-    def load(self) -> Tensor:
-        """Choices made of each expert by each sequence, ``[B, E]``, dropped ones included."""
-        return count_by_bin(self.experts, self.made, self.probs.shape[2])
 
     def dispatch(self) -> Tensor:
         """1 where a token sits in a slot of an expert, ``[B, T, E, C]``, else 0."""

@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from pikv.budget.profiles import profile_of
 from pikv.calibration.future import LayerReading, Lesson, read_lesson
 from pikv.calibration.lessons import Lessons
-from pikv.hf.identity import facts_of, fingerprint
+from pikv.hf.identity import fingerprint, model_signature
 from pikv.routing.base import MoERouter
 from pikv.routing.factory import create_moe_router
 from pikv.routing.panel import VotePanel, mixture_of
@@ -109,7 +109,7 @@ class Trainer:
         self.step = 0
         first = [lessons.to_learn(index) for index in range(NUM_SURVEYED)]
         self.made_for = _digest(
-            [facts_of(model.config), fingerprint(model).tolist(), list(experts), [asdict(each) for each in first]]
+            [model_signature(model.config), fingerprint(model).tolist(), list(experts), [asdict(each) for each in first]]
         )
         self.profiles = torch.zeros(0)
         self.devices: list[torch.device] = []  # of the layers

@@ -1,18 +1,19 @@
 """Tokens scored by the votes of retention experts, weighted by a router."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pikv.core import LayerView
 from pikv.routing.base import Info, MoERouter
-from pikv.routing.memory import Hits, notes_of, prune, recall, remember_mixture
+from pikv.routing.memory import Hits, is_noted, prune, recall, remember_mixture
 from pikv.routing.panel import VotePanel, mixture_of
 from pikv.routing.pikv import PiKVRouter
 from pikv.routing.result import Routing
 from pikv.routing.time import TimeRouter
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.base import Scorer
 from pikv.scoring.experts import RetentionExpert
 from pikv.scoring.position import ends_first
 from pikv.scoring.window import window_attention
@@ -34,8 +35,8 @@ class Ballot:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What notes belong to: not this panel object, so that another one of the same kind goes on from them."""
-        return type(self.panel.router), *self.experts
+        """What its notes belong to."""
+        return _key(self.panel, self.experts)
 
 
 class RoutedVotesScorer(Scorer):
@@ -64,7 +65,8 @@ class RoutedVotesScorer(Scorer):
         self.watches = any(panel.router.calibrated for panel in self.panels.values())
 
     def watch(self, view: LayerView) -> None:
-        self._route(view)
+        if not is_noted(view, _key(self.panels[view.layer_idx], self.experts)):  # by another stage, in the same pass
+            self._route(view)
 
     def score(self, view: LayerView) -> Tensor:
         ballot = self._route(view)
@@ -74,30 +76,41 @@ class RoutedVotesScorer(Scorer):
 
     def _route(self, view: LayerView) -> Ballot:
         """Routes the new tokens, notes their experts' weights, and recalls those of the others."""
-        device = view.kept.keys.device  # layers may be spread over several
+        device = view.kept.device  # layers may be spread over several
         panel = self.panels[view.layer_idx].to(device)
-        batch, num_experts = len(view.real), panel.router.num_experts
+        batch, num_experts = len(view.is_token), panel.router.num_experts
         weights = torch.full((batch, int(view.seen.max()), num_experts), float("nan"), device=device)
-        ballot = Ballot(experts=tuple(self.experts), panel=panel, routings=[], mixture=weights)
+        key, routings = _key(panel, self.experts), []
         if panel.router.calibrated:
-            hits, positions = view.notes.get((Hits, *ballot.key)), view.query_positions
-            for sequence, columns in enumerate(view.real):
+            hits, positions = view.state.get((Hits, *key)), view.query_positions
+            for sequence, columns in enumerate(view.is_token):
                 if not bool(columns.any()):
                     continue
                 rates = hits.rates(sequence) if isinstance(hits, Hits) else None
                 places = positions[sequence, columns]
                 hidden_states = view.hidden_states[sequence, columns]
                 routing = panel.router.route(hidden_states, _info(panel.router, places, rates))
-                ballot.routings.append(routing)
+                routings.append(routing)
                 weights[sequence, places] = mixture_of(routing)[0].to(weights)
             # What is known stays: where a text is scored by chunks, other tokens stand in for those whose queries are gone.
-            recall(view, ballot.key, weights)
-            remember_mixture(view, ballot.key, weights)
+            recall(view, key, weights)
+            remember_mixture(view, key, weights)
         mean = weights.nanmean(1, keepdim=True).nan_to_num(nan=1 / num_experts)
         weights = torch.where(weights.isnan(), mean, weights)
         rows = torch.arange(batch, device=device).view(-1, 1, 1)
         mixture = weights[rows, view.kept.positions.clamp(min=0).long()]
-        return Ballot(experts=ballot.experts, panel=panel, routings=ballot.routings, mixture=mixture)
+        return Ballot(experts=tuple(self.experts), panel=panel, routings=routings, mixture=mixture)
+
+
+def _key(panel: VotePanel, experts: Iterable[str]) -> tuple[object, ...]:
+    """What notes belong to: not this panel object, so that another one of the same kind goes on from them."""
+    return type(panel.router), *experts
+
+
+def mean_weights(view: LayerView) -> Tensor:
+    """How much each expert is listened to in the decision that is under way, the mean over cached tokens, ``[E]``."""
+    ballot: Ballot = view.scratch[RoutedVotesScorer][-1]
+    return ballot.mixture[view.kept.valid].mean(0)
 
 
 def _info(router: MoERouter, positions: Tensor, hit_rates: Tensor | None) -> Info | None:
@@ -123,7 +136,7 @@ def after_decision(view: LayerView, ballots: Sequence[Ballot], kept: Sequence[Te
     for ballot in ballots:
         if not ballot.routings or ballot.mixture.shape[2] != is_kept.shape[2]:
             continue  # nothing was routed, or only a chunk, whose notes are its own
-        prune(notes_of(view, ballot.key), view, is_kept)
+        prune(view, ballot.key, is_kept)
         weighted = attention.unsqueeze(-1) * ballot.mixture
         has_lost = (view.kept.valid & ~is_kept).any(2).any(1)  # as in a batch of its own, where nothing would be decided
         new = Hits(
@@ -131,6 +144,6 @@ def after_decision(view: LayerView, ballots: Sequence[Ballot], kept: Sequence[Te
             kept=(weighted * is_kept.unsqueeze(-1)).sum((1, 2)) * has_lost.unsqueeze(1),
             total=weighted.sum((1, 2)) * has_lost.unsqueeze(1),
         )
-        before = view.notes.get((Hits, *ballot.key))
-        view.notes[(Hits, *ballot.key)] = new.added_to(before) if isinstance(before, Hits) else new
+        before = view.state.get((Hits, *ballot.key))
+        view.state[(Hits, *ballot.key)] = new.added_to(before) if isinstance(before, Hits) else new
     return float((attention * is_kept).sum() / attention.sum())

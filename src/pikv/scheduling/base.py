@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 
 
-class Schedule(ABC):
+class Trigger(ABC):
     """Says after which forward passes a layer is compressed."""
 
     queries_while_decoding = 0

@@ -1,9 +1,9 @@
 """When to act: every so many tokens while decoding."""
 
-from pikv.scheduling.base import Schedule
+from pikv.scheduling.base import Trigger
 
 
-class EveryTokens(Schedule):
+class EveryTokens(Trigger):
     """Compresses after every ``interval`` tokens that were generated one by one.
 
     Decisions see the queries of the newest ``window_size`` of them.

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv.cache.notes import Note
-from pikv.scoring.base import LayerView, Scorer
+from pikv.cache.row_state import RowState
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 from pikv.scoring.chunks import chunk_views
 from pikv.scoring.wrapping import WrappingScorer
 
 
 @dataclass
-class _ChunkNotes(Note):
+class _ChunkNotes(RowState):
     """The notes of the scorer that was shown the chunks, by first position."""
 
-    by_chunk: dict[int, dict[Any, Note]] = field(default_factory=dict)
+    by_chunk: dict[int, dict[Any, RowState]] = field(default_factory=dict)
 
 
 class ByChunkScorer(WrappingScorer):
@@ -36,7 +37,7 @@ class ByChunkScorer(WrappingScorer):
 
     def score(self, view: LayerView) -> Tensor:
         batch, heads, longest = view.kept.positions.shape
-        scores = torch.zeros((batch, heads, longest + 1), device=view.kept.keys.device)
+        scores = torch.zeros((batch, heads, longest + 1), device=view.kept.device)
         for chunk, slots in self._chunks(view):
             inner = self.inner.score(chunk).float().masked_fill(~chunk.kept.valid, float("-inf"))
             ranks = inner.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
@@ -50,8 +51,8 @@ class ByChunkScorer(WrappingScorer):
 
     def _chunks(self, view: LayerView) -> Iterator[tuple[LayerView, Tensor]]:
         """The view of every chunk, with notes of its own, and its tokens' numbers in the row."""
-        notes = view.notes.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
-        assert isinstance(notes, _ChunkNotes)
-        notes.seen = int(view.seen.sum())
+        state = view.state.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
+        assert isinstance(state, _ChunkNotes)
+        state.seen = int(view.seen.sum())
         for start, chunk, slots in chunk_views(view, self.chunk_length):
-            yield replace(chunk, notes=notes.by_chunk.setdefault(start, {})), slots
+            yield replace(chunk, call=replace(chunk.call, state=state.by_chunk.setdefault(start, {}))), slots

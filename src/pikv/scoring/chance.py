@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # the constants of SplitMix64, as signed integers
 _FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))

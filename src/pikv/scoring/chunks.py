@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv.cache.rows import PaddedRows
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 
 def chunk_views(view: LayerView, size: int) -> Iterator[tuple[int, LayerView, Tensor]]:
     """Shows the layer as if it held nothing but one chunk of ``size`` true positions, for every chunk that holds a token.
 
     A chunk's queries are those of its own tokens. Where these came in earlier passes and are gone, the first ``size`` queries
-    of the present pass stand in. What is given and allotted is the chunk's share. ``notes`` are those of the view.
+    of the present pass stand in. What is given and allotted is the chunk's share. ``state`` are those of the view.
 
     Yields:
         the chunk's first position, its view, and its tokens' numbers in the row, ``[B, G, n]`` (int64; ``L`` for no token)
@@ -23,67 +22,51 @@ def chunk_views(view: LayerView, size: int) -> Iterator[tuple[int, LayerView, Te
     columns_by_age = view.query_positions.argsort(dim=1, stable=True)  # padding first
     num_positions = int(view.seen.max())
     for start in range(0, num_positions, size):
-        kept, slots = _rows_within(view.kept, start, min(start + size, num_positions))
+        kept, slots = view.kept.within(start, min(start + size, num_positions))
         if slots.shape[2] == 0:
             continue
-        columns, real, seen = _queries_of(view, columns_by_age, start, size)
+        columns, is_token, seen = _queries_of(view, columns_by_age, start, size)
         share = kept.lengths.double() / view.kept.lengths.clamp(min=1)
         yield (
             start,
             replace(
                 view,
+                call=replace(
+                    view.call,
+                    queries=_columns(view.queries, columns[:, None, :, None]),
+                    hidden_states=_columns(view.hidden_states, columns[:, :, None]),
+                    arguments=_arguments(view.arguments, columns),
+                    is_token=is_token,
+                    logsumexp=None,  # it is that of attention to all chunks
+                ),
                 kept=kept,
-                queries=_columns(view.queries, columns[:, None, :, None]),
-                hidden_states=_columns(view.hidden_states, columns[:, :, None]),
-                arguments=_arguments(view.arguments, columns),
-                real=real,
-                logsumexp=None,  # it is that of attention to all chunks
                 seen=seen,
-                given=(view.given * share).round().long(),
-                allotted=(view.allotted * share).round().long(),
+                num_given=(view.num_given * share).round().long(),
+                budget=(view.budget * share).round().long(),
                 reread=None if view.reread is None else _at(view.reread, slots).masked_fill(~kept.valid, 0.0),
             ),
             slots,
         )
 
 
-def _rows_within(kept: PaddedRows, start: int, stop: int) -> tuple[PaddedRows, Tensor]:
-    """The kept tokens at positions from ``start`` to before ``stop``, and their numbers."""
-    # Positions ascend in a row, so the tokens of a chunk lie side by side.
-    first = (kept.valid & (kept.positions < start)).sum(2, keepdim=True)
-    lengths = ((kept.positions >= start) & (kept.positions < stop)).sum(2, keepdim=True)
-    places = torch.arange(int(lengths.max()), device=first.device)
-    valid = places < lengths
-    slots = torch.where(valid, first + places, kept.positions.shape[2])
-    rows = PaddedRows(
-        keys=_at(kept.keys, slots).masked_fill(~valid.unsqueeze(3), 0.0),
-        values=_at(kept.values, slots).masked_fill(~valid.unsqueeze(3), 0.0),
-        positions=_at(kept.positions, slots).masked_fill(~valid, -1),
-        lengths=lengths.squeeze(2).cpu(),
-    )
-    return rows, slots
-
-
 def _at(values: Tensor, slots: Tensor) -> Tensor:
-    """The entries ``[B, G, n, ...]`` of ``values`` ``[B, G, L, ...]``; any for slots that do not exist."""
+    """The entries ``[B, G, n]`` of ``values`` ``[B, G, L]``; any for slots that do not exist."""
     index = slots.clamp(max=values.shape[2] - 1)
-    if values.dim() == 4:
-        return values.gather(2, index.unsqueeze(3).expand(-1, -1, -1, values.shape[3]))
     return values.gather(2, index)
 
 
 def _queries_of(view: LayerView, columns_by_age: Tensor, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Columns of a chunk's queries and which are real, ``[B, n]``; tokens seen up to the last of them, ``[B]`` (CPU)."""
-    first = view.seen - view.real.sum(1).cpu()
+    first = view.seen - view.is_token.sum(1).cpu()
     begin, end = first.clamp(min=start), view.seen.clamp(max=start + size)
     is_gone = end <= first
     begin = torch.where(is_gone, first, begin)
     end = torch.where(is_gone, torch.minimum(view.seen, first + size), end)
     places = begin.unsqueeze(1) + torch.arange(max(1, int((end - begin).max())))
-    real = places < end.unsqueeze(1)
+    is_token = places < end.unsqueeze(1)
     num_columns = columns_by_age.shape[1]
     order = (num_columns - view.seen.unsqueeze(1) + places).clamp(min=0, max=num_columns - 1)
-    return columns_by_age.gather(1, order.to(columns_by_age.device)), real.to(columns_by_age.device), end
+    return columns_by_age.gather(1, order.to(columns_by_age.device)), is_token.to(columns_by_age.device), end
 
 
 def _columns(values: Tensor, columns: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 from pikv.scoring.output import output_norms
 from pikv.scoring.wrapping import WrappingScorer
 
@@ -26,7 +27,7 @@ class CriticalScorer(WrappingScorer):
         hidden = ~view.kept.valid
         scores = self.inner.score(view).float()
         ranks = scores.masked_fill(hidden, float("-inf")).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-        num_first = (view.allotted.double() * self.first_stage_ratio).floor().long().unsqueeze(2).to(ranks.device)
+        num_first = (view.budget.double() * self.first_stage_ratio).floor().long().unsqueeze(2).to(ranks.device)
         # A larger value must never make a token less important.
         lowest = scores.masked_fill(hidden, 0.0).amin(2, keepdim=True).clamp(max=0)
         products = (scores - lowest + self.epsilon) * output_norms(view).mean(2)

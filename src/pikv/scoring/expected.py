@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv.core import LayerView
 from pikv.hf.rotary import Rotary, rotary_of
-from pikv.scoring.base import LayerView, Scorer, norms
+from pikv.scoring.base import Scorer, norms
 
 
 class ExpectedAttentionScorer(Scorer):
@@ -53,10 +54,10 @@ class ExpectedAttentionScorer(Scorer):
                 mean = mean @ turn
                 covariance = None if covariance is None else turn.mT.unsqueeze(1) @ covariance @ turn.unsqueeze(1)
             keys = kept.keys[:, head].float()
-            logits = mean @ keys.mT * view.rule.scaling
+            logits = mean @ keys.mT * view.params.scaling
             if covariance is not None:
                 variances = ((keys.unsqueeze(1) @ covariance) * keys.unsqueeze(1)).sum(-1)
-                logits += variances * (view.rule.scaling**2 / 2)
+                logits += variances * (view.params.scaling**2 / 2)
             weights = logits.masked_fill(hidden[:, None, head], float("-inf")).softmax(-1)
             scores[:, head] = weights.mean(1)
         scores.masked_fill_(hidden, 0.0)

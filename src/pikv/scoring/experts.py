@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer, norms
+from pikv.core import LayerView
+from pikv.names.unknown import unknown
+from pikv.scoring.base import Scorer, norms
 from pikv.scoring.key_difference import KeyDifferenceScorer
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import window_attention
@@ -22,7 +23,7 @@ class RetentionExpert(ABC):
 
     def votes(self, view: LayerView) -> Tensor:
         """The order of preference as evenly spaced votes from 1 (keep first) down to 0, ``[B, G, L]``."""
-        lengths = view.kept.lengths.unsqueeze(2).to(view.kept.keys.device)
+        lengths = view.kept.lengths.unsqueeze(2).to(view.kept.device)
         preference = self.preference(view).masked_fill(~view.kept.valid, float("-inf"))
         ranks = preference.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         return 1 - ranks / (lengths - 1).clamp(min=1)
@@ -43,7 +44,7 @@ class EndsExpert(RetentionExpert):
 
     def _by_length(self, view: LayerView, judge: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``judge`` makes of how far both ends must be stretched until they reach each token, ``[L]``, by row."""
-        judged = torch.zeros(view.kept.positions.shape, device=view.kept.keys.device)
+        judged = torch.zeros(view.kept.positions.shape, device=view.kept.device)
         for length in view.kept.lengths.unique().tolist():
             place = (torch.arange(length, device=judged.device) + 0.5) / length
             stretch = torch.minimum(place / self.first_share, (1 - place) / self.last_share)
@@ -108,9 +109,7 @@ def get_expert(name: str) -> RetentionExpert:
         ValueError: for an unknown name, with the nearest.
     """
     if name not in EXPERTS:
-        near = get_close_matches(name, EXPERTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown expert {name!r}, there is {', '.join(EXPERTS)}{hint}")
+        raise unknown("expert", name, EXPERTS)
     return EXPERTS[name]()
 
 

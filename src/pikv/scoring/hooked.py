@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, score_by_length
+from pikv.core import LayerView
+from pikv.scoring.base import score_by_length
 from pikv.scoring.experts import RetentionExpert
 
-Compress = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Compress = Callable[..., tuple[Tensor, Tensor]]
 """Takes keys and values ``[n, 1, L, D]`` and returns those of the tokens to keep, as they are."""
 
 
@@ -23,9 +24,15 @@ class CompressionExpert(RetentionExpert):
         self.compress = compress
         self.otherwise = otherwise
 
+    def compress_in(self, view: LayerView) -> Compress:
+        """What to ask about the rows of a view."""
+        return self.compress
+
     def preference(self, view: LayerView) -> Tensor:
+        compress = self.compress_in(view)
+
         def kept(keys: Tensor, values: Tensor) -> Tensor:
-            left, left_values = self.compress(keys.unsqueeze(1), values.unsqueeze(1))
+            left, left_values = compress(keys.unsqueeze(1), values.unsqueeze(1))
             return torch.stack([_are_among(*row) for row in zip(keys, values, left[:, 0], left_values[:, 0], strict=True)])
 
         return score_by_length(view, kept)

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 
 class KeyDifferenceScorer(Scorer):

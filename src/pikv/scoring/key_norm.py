@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer, norms
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer, norms
 
 
 class KeyNormScorer(Scorer):

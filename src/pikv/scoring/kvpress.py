@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 _UNSUITABLE = (AssertionError, AttributeError, KeyError, NotImplementedError)
 """What kvpress's scorers raise for models and moments that they were not written for."""
@@ -30,7 +31,7 @@ class KvpressScorer(Scorer):
         return KvpressScorer(self.press, getattr(model.get_decoder(), "rotary_emb", None))
 
     def score(self, view: LayerView) -> Tensor:
-        scores = torch.zeros(view.kept.positions.shape, device=view.kept.keys.device)
+        scores = torch.zeros(view.kept.positions.shape, device=view.kept.device)
         for b in view.kept.lengths.amax(1).nonzero().flatten().tolist():
             found = self._score_sequence(view, b)[0].float()
             scores[b, :, : found.shape[1]] = found
@@ -46,7 +47,7 @@ class KvpressScorer(Scorer):
         keys, values = (each[b : b + 1, :, :length].clone() for each in (kept.keys, kept.values))
         arguments = _arguments_of_sequence(view, b)
         attentions = self._attentions(view, b, length)
-        removed = max(0.0, 1 - (float(view.allotted[b].double().mean()) + 1e-3) / length)
+        removed = max(0.0, 1 - (float(view.budget[b].double().mean()) + 1e-3) / length)
         with _lent(self.press, "compression_ratio", removed), _lent(view.module, "rotary_emb", self.rotary):
             try:
                 scores: Tensor = self.press.score(view.module, arguments["hidden_states"], keys, values, attentions, arguments)
@@ -66,17 +67,17 @@ class KvpressScorer(Scorer):
         implementation = str(getattr(getattr(view.module, "config", None), "_attn_implementation", ""))
         if not (implementation.endswith("eager") or _reads_attention(self.press)):
             return None
-        real, keys = view.real[b], view.kept.keys[b : b + 1, :, :length]
+        is_token, keys = view.is_token[b], view.kept.keys[b : b + 1, :, :length]
         positions = view.kept.positions[b : b + 1, :, None, :length]
-        visible = positions <= view.query_positions[b, real].to(positions.device).view(1, 1, -1, 1)
-        weights = view.rule.weights(view.queries[b : b + 1][:, :, real], keys, visible)
+        visible = positions <= view.query_positions[b, is_token].to(positions.device).view(1, 1, -1, 1)
+        weights = view.params.weights(view.queries[b : b + 1][:, :, is_token], keys, visible)
         return weights.flatten(1, 2).to(keys.dtype)
 
     def _cannot(self, view: LayerView, b: int, length: int) -> str:
         name, module = type(self.press).__name__, type(view.module).__name__
         if _is_first_reading(view, b, length):
             return f"kvpress's {name} cannot score {length} tokens in {module}"
-        num_new = int(view.real[b].sum())
+        num_new = int(view.is_token[b].sum())
         return (
             f"kvpress's {name} cannot score a cache of {length} tokens after reading {num_new}: it was made for one prefill of "
             "the whole context, before anything is evicted"
@@ -85,7 +86,7 @@ class KvpressScorer(Scorer):
 
 def _is_first_reading(view: LayerView, b: int, length: int) -> bool:
     """Whether the newest forward pass brought all tokens that there are."""
-    return int(view.real[b].sum()) == int(view.seen[b]) == length
+    return int(view.is_token[b].sum()) == int(view.seen[b]) == length
 
 
 def _reads_attention(press: Any) -> bool:
@@ -98,16 +99,16 @@ def _reads_attention(press: Any) -> bool:
 
 def _arguments_of_sequence(view: LayerView, b: int) -> dict[str, Any]:
     """The arguments of the attention module as they would be if the sequence were alone and without padding."""
-    real = view.real[b]
+    is_token = view.is_token[b]
     arguments = {name: value for name, value in view.arguments.items() if name != "past_key_values"}
-    positions = view.query_positions[b, real]
-    arguments["hidden_states"] = view.hidden_states[b : b + 1][:, real]
+    positions = view.query_positions[b, is_token]
+    arguments["hidden_states"] = view.hidden_states[b : b + 1][:, is_token]
     arguments["attention_mask"] = None
     arguments["cache_position"] = positions
     arguments["position_ids"] = positions.unsqueeze(0)
     embeddings = arguments.get("position_embeddings")
     if embeddings is not None:  # of all sequences, or one for all
-        arguments["position_embeddings"] = tuple(each[min(b, len(each) - 1)][real].unsqueeze(0) for each in embeddings)
+        arguments["position_embeddings"] = tuple(each[min(b, len(each) - 1)][is_token].unsqueeze(0) for each in embeddings)
     return arguments
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer, score_by_length
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer, score_by_length
 
 _SMALLEST_RANGE = 1e-6
 

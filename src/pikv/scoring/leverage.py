@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv.core import LayerView
 from pikv.hf.rotary import Rotary, rotary_of
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.base import Scorer
 
 _FIRST_JITTER = 1e-2
 _NUM_TRIES = 8
@@ -35,8 +36,8 @@ class LeverageScorer(Scorer):
     def score(self, view: LayerView) -> Tensor:
         kept = view.kept
         # A word's keys before RoPE are all alike in the first layer, up to rounding; what is done here should add little.
-        dtype = torch.float32 if kept.keys.device.type == "mps" else torch.float64
-        scores = torch.zeros(kept.positions.shape, device=kept.keys.device)
+        dtype = torch.float32 if kept.device.type == "mps" else torch.float64
+        scores = torch.zeros(kept.positions.shape, device=kept.device)
         places = view.key_positions.clamp(min=0)
         lengths = kept.lengths.to(scores.device).clamp(min=1)[..., None, None]
         sketch = self._sketch(view, dtype) if kept.keys.shape[3] > self.sketch_dimension else None
@@ -58,7 +59,7 @@ class LeverageScorer(Scorer):
         _, heads, _, dim = view.kept.keys.shape
         generator = torch.Generator().manual_seed(self.seed * 10_007 + view.layer_idx)
         sketch: Tensor = torch.randn((heads, dim, self.sketch_dimension), generator=generator) / self.sketch_dimension**0.5
-        return sketch.to(view.kept.keys.device, dtype)
+        return sketch.to(view.kept.device, dtype)
 
 
 def _cholesky(gram: Tensor) -> Tensor:

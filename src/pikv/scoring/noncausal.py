@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from pikv.scoring.base import LayerView, Scorer, norms
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer, norms
 from pikv.scoring.chunks import chunk_views
 
 _KERNEL_SIZE = 3
@@ -26,11 +27,11 @@ class NonCausalAttentionScorer(Scorer):
 
     def score(self, view: LayerView) -> Tensor:
         batch, heads, longest = view.kept.positions.shape
-        mass = torch.zeros((batch, heads, longest + 1), device=view.kept.keys.device)
+        mass = torch.zeros((batch, heads, longest + 1), device=view.kept.device)
         for _, chunk, slots in chunk_views(view, self.chunk_size):
-            visible = chunk.kept.valid[:, :, None, :] & chunk.real[:, None, :, None]
-            weights = view.rule.weights(chunk.queries, chunk.kept.keys, visible)
-            num_queries = chunk.real.sum(1).clamp(min=1).view(-1, 1, 1)
+            visible = chunk.kept.valid[:, :, None, :] & chunk.is_token[:, None, :, None]
+            weights = view.params.weights(chunk.queries, chunk.kept.keys, visible)
+            num_queries = chunk.is_token.sum(1).clamp(min=1).view(-1, 1, 1)
             num_tokens = chunk.kept.lengths.unsqueeze(2).to(weights.device)
             mass.scatter_(2, slots, weights.sum(3).mean(2) / num_queries * num_tokens)
         scores = mass[..., :longest] * norms(view.kept.values)

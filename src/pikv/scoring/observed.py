@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from pikv.attention.mass import attention_mass
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 
 class ObservedAttentionScorer(Scorer):
@@ -21,9 +22,9 @@ class ObservedAttentionScorer(Scorer):
 
     def score(self, view: LayerView) -> Tensor:
         mass = attention_mass(
-            view.queries, view.kept.keys, view.kept.positions, view.query_positions, view.rule, view.logsumexp
+            view.queries, view.kept.keys, view.kept.positions, view.query_positions, view.params, view.logsumexp
         )
-        recent = (view.allotted.double() * self.recent_ratio).floor().long()
+        recent = (view.budget.double() * self.recent_ratio).floor().long()
         slots = torch.arange(mass.shape[2])
         is_recent = slots >= (view.kept.lengths - recent).unsqueeze(2)
         return mass.masked_fill(is_recent.to(mass.device), float("inf"))

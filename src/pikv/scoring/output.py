@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pikv.scoring.base import LayerView
+from pikv.core import LayerView
 
 _NAMES = ("o_proj", "out_proj", "c_proj", "dense")
 _BLOCK_ELEMENTS = 1 << 22  # projected values that exist at a time

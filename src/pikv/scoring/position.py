@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 
 class PositionScorer(Scorer):

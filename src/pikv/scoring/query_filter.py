@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 
 class QueryFilterScorer(Scorer):

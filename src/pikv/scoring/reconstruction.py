@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv.cache.notes import Note
-from pikv.hf.reread import Reread
+from pikv.cache.row_state import RowState
+from pikv.core import LayerView, Reread
 from pikv.hf.tokenizer import tokenizer_of
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.base import Scorer
 
 
 @dataclass
-class _Remembered(Note):
+class _Remembered(RowState):
     """Scores ``[B, G, L]`` of the tokens at true positions ``[B, G, L]``."""
 
     positions: Tensor
@@ -50,12 +50,12 @@ class ReconstructionScorer(Scorer):
         positions = view.kept.positions
         scores = torch.where(view.reread.isnan(), self._remembered(view), view.reread)
         # Under what was asked, not under this object: another one that asks the same goes on from here.
-        view.notes[self.reread] = _Remembered(seen=int(view.seen.sum()), positions=positions.clone(), scores=scores)
+        view.state[self.reread] = _Remembered(seen=int(view.seen.sum()), positions=positions.clone(), scores=scores)
         return torch.where(positions < self.reread.sink_size, 2.0, scores)
 
     def _remembered(self, view: LayerView) -> Tensor:
         """The scores of earlier readings, ``[B, G, L]``; 1, the most that there can be, for tokens without."""
-        note, positions = view.notes.get(self.reread), view.kept.positions
+        note, positions = view.state.get(self.reread), view.kept.positions
         by_place = torch.ones((*positions.shape[:2], int(view.seen.max()) + 1), device=positions.device)
         if isinstance(note, _Remembered):
             # What stands behind a row's end goes to the last place, which no token has.

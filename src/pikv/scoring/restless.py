@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 from pikv.scoring.window import check_window, keep_window, window_weights
 
 
@@ -20,7 +21,7 @@ class RestlessAttentionScorer(Scorer):
 
     def score(self, view: LayerView) -> Tensor:
         weights = window_weights(view, self.window_size)
-        num_queries = view.real.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1, 1)
+        num_queries = view.is_token.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1, 1)
         mean = weights.sum(3) / num_queries
         # Rows of zeros in front of a short window are no queries, hence no deviations.
         variance = (weights.square().sum(3) / num_queries - mean.square()).clamp(min=0)

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 from pikv.scoring.places import at_positions, by_position
 from pikv.scoring.wrapping import WrappingScorer
 

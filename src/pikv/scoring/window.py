@@ -6,8 +6,9 @@ from weakref import ref
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from pikv.cache.rows import PaddedRows
-from pikv.scoring.base import LayerView, Scorer
+from pikv.cache.kept import KeptTokens
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 
 
@@ -57,7 +58,7 @@ def window_weights(view: LayerView, window_size: int) -> Tensor:
     visible = kept.valid[:, :, None, :] & (kept.positions[:, :, None, :] <= window_positions[:, None, :, None])
     # Padding, and queries all of whose keys were evicted, see nothing.
     visible &= (window_positions >= 0)[:, None, :, None]
-    return view.rule.weights(queries, kept.keys, visible)
+    return view.params.weights(queries, kept.keys, visible)
 
 
 def window_attention(view: LayerView, window_size: int) -> Tensor:
@@ -69,7 +70,7 @@ def window_attention(view: LayerView, window_size: int) -> Tensor:
     if isinstance(known, _Remembered) and known.is_of(view):
         return known.attention
     weights = window_weights(view, window_size)
-    num_queries = view.real.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1)
+    num_queries = view.is_token.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1)
     attention = weights.sum(3).mean(2) / num_queries
     view.scratch[(window_attention, window_size)] = _Remembered(ref(view.kept), ref(view.queries), attention)
     return attention
@@ -79,7 +80,7 @@ def window_attention(view: LayerView, window_size: int) -> Tensor:
 class _Remembered:
     """Attention, and what it is the attention of, which it does not keep alive."""
 
-    kept: ref[PaddedRows]
+    kept: ref[KeptTokens]
     queries: ref[Tensor]
     attention: Tensor
 

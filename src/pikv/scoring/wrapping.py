@@ -3,7 +3,8 @@
 from copy import copy
 from typing import Any, TypeVar
 
-from pikv.scoring.base import LayerView, Scorer
+from pikv.core import LayerView
+from pikv.scoring.base import Scorer
 
 _Self = TypeVar("_Self", bound="WrappingScorer")
 

@@ -13,7 +13,7 @@ from pikv.experiments.studies.data import Data
 from pikv.experiments.studies.presses import expert_alone, moe_press
 from pikv.experiments.studies.references import fit_probes, look_ahead
 from pikv.presses.base import BasePress
-from pikv.presses.headwise import HeadBudgetPress
+from pikv.presses.headwise import ProfileBudgetPress
 from pikv.presses.registry import get_press, list_presses
 from pikv.presses.scorer import ScorerPress
 from pikv.routing.calibrate import calibrate
@@ -108,7 +108,7 @@ def _scored(scorer: Scorer, ratio: float, settings: RouterSettings) -> BasePress
 
 def _shared(build: Callable[[RouterSettings], BasePress]) -> Builder:
     """The same press with the head budgets of the model's calibration."""
-    return lambda settings: HeadBudgetPress(build(settings))
+    return lambda settings: ProfileBudgetPress(build(settings))
 
 
 def judge_calibration(summary: pd.DataFrame) -> list[str]:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from pikv.calibration.future import LayerReading, read_lesson
 from pikv.calibration.lessons import lesson_of, make_lessons
+from pikv.core import LayerView
 from pikv.experiments.quality import QualityRun
 from pikv.experiments.studies.data import Data
 from pikv.routing.training import NUM_SURVEYED, Survey
-from pikv.scoring.base import LayerView, Scorer
+from pikv.scoring.base import Scorer
 
 _RIDGE = 1e-3
 

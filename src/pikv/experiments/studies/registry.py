@@ -1,11 +1,10 @@
 """The studies by name."""
 
-from difflib import get_close_matches
-
 from pikv.experiments.studies.base import Builder, Study
 from pikv.experiments.studies.calibration import CALIBRATION
 from pikv.experiments.studies.expectations import expect_order, expect_ratios
 from pikv.experiments.studies.presses import COMBINATIONS, duo_and_router, expert_alone, routed, router_presses, single_presses
+from pikv.names.unknown import unknown
 from pikv.scoring.experts import EXPERTS
 
 RATIOS = (0.1, 0.3, 0.5, 0.7)
@@ -72,7 +71,5 @@ def get_study(name: str) -> Study:
         ValueError: for an unknown name, with the nearest.
     """
     if name not in STUDIES:
-        near = get_close_matches(name, STUDIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown study {name!r}{hint} (there is {', '.join(STUDIES)})")
+        raise unknown("study", name, STUDIES)
     return STUDIES[name]

@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pikv.experiments.studies.base import Configuration, RouterSettings, Study
 from pikv.experiments.studies.data import DATA_SETS, Data, DataSettings
 from pikv.experiments.studies.measure import Run, measure_run, warm_up
 from pikv.experiments.studies.results import StudyResult
+from pikv.names.unknown import unknown
 from pikv.routing.calibrate import calibrate
 from pikv.routing.factory import ROUTERS
 from pikv.routing.known import calibration_of, use_calibration
@@ -66,9 +66,7 @@ class StudyConfig:
         if self.num_questions > self.num_records:
             raise ValueError(f"{self.num_questions} questions need as many records, there are {self.num_records}")
         if self.data is not None and self.data not in DATA_SETS:
-            near = get_close_matches(self.data, DATA_SETS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown data set {self.data!r}{hint} (there is {', '.join(DATA_SETS)})")
+            raise unknown("data set", self.data, DATA_SETS)
         self.router_settings()
 
     def router_settings(self) -> RouterSettings:

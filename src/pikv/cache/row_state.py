@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 @dataclass
-class Note:
+class RowState:
     """State that is true as long as the rows have seen ``seen`` tokens (over all sequences); void when such are taken back."""
 
     seen: int
 
 
 @dataclass
-class Gapless(Note):
+class ContiguousPositions(RowState):
     """Says that keys were turned so that the tokens of every row, ``lengths`` ``[B, G]`` then, stand side by side."""
 
     lengths: Tensor

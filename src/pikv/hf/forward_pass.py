@@ -3,14 +3,14 @@
 from torch import Tensor
 
 
-class Step:
+class ForwardPass:
     """The forward pass at hand, shared by the layers of one cache."""
 
     def __init__(self) -> None:
         self.serial = 0  # forward passes begun
         self.num_new = 0  # columns of the input, padding included
         self.columns = 0  # seen before, padding included
-        self.real: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
+        self.is_token: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
 
     @property
     def is_first(self) -> bool:
@@ -18,10 +18,10 @@ class Step:
         return self.columns == 0
 
     @property
-    def length(self) -> "StepLength":
+    def length(self) -> "ForwardPassLength":
         """Columns seen and new, as a number that leads back to this step."""
-        length = StepLength(self.columns + self.num_new)
-        length.step = self
+        length = ForwardPassLength(self.columns + self.num_new)
+        length.forward_pass = self
         return length
 
     def expect(self, num_new: int, columns: int) -> None:
@@ -32,10 +32,10 @@ class Step:
     def begin(self, attention_mask: Tensor | None) -> None:
         """Opens a forward pass; ``attention_mask`` is ``[B, columns seen and new]`` (bool) or None."""
         self.serial += 1
-        self.real = None
+        self.is_token = None
         if attention_mask is not None:
-            real = attention_mask[:, -self.num_new :]
-            self.real = None if bool(real.all()) else real
+            is_token = attention_mask[:, -self.num_new :]
+            self.is_token = None if bool(is_token.all()) else is_token
 
     def check(self, num_new: int, columns: int, last_serial: int | None = None) -> None:
         """Makes sure that a layer that has seen ``columns`` columns is given what was expected.
@@ -57,7 +57,7 @@ class Step:
             )
 
 
-class StepLength(int):
+class ForwardPassLength(int):
     """The KV length that ``get_mask_sizes`` answers, which carries the step on to our mask function."""
 
-    step: Step
+    forward_pass: ForwardPass

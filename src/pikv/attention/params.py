@@ -1,12 +1,13 @@
 """How a layer turns products of queries and keys into attention weights."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionRule:
+class AttentionParams:
     """Scaling, soft-capping (Gemma 2) and learned sinks (GPT-OSS) of one attention module.
 
     ``sinks`` ``[H]`` are logits of a further, empty key that every query of a head sees.
@@ -20,6 +21,31 @@ class AttentionRule:
     def is_plain(self) -> bool:
         """Whether torch's fused kernels can do it."""
         return self.softcap is None and self.sinks is None
+
+    def for_rows(self, row_ids: Sequence[int], num_kv_heads: int) -> "AttentionParams":
+        """Those of some rows ``r = b * G + g``: sinks ``[n, H / G]`` in the place of ``[H]``."""
+        if self.sinks is None:
+            return self
+        heads = [row % num_kv_heads for row in row_ids]
+        return replace(self, sinks=self.sinks.view(num_kv_heads, -1)[heads])
+
+    def weights_of_rows(self, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+        """Attention weights over the keys of rows, after ``for_rows``.
+
+        ``queries`` is ``[n, H / G, T, D]``, ``keys`` ``[n, L, D]``; ``visible`` ``[n, T, L]`` (bool), or what broadcasts to it,
+        says which key each query sees. A query that sees no key has weights of zero.
+
+        Returns:
+            ``[n, H / G, T, L]`` (float32)
+        """
+        # The group's queries in one matrix: a product that broadcasts would copy the keys for each of them.
+        logits: Tensor = self.logits(queries.flatten(1, 2), keys).unflatten(1, queries.shape[1:3])
+        hidden = ~visible.unsqueeze(1)
+        logits.masked_fill_(hidden, float("-inf"))
+        if self.sinks is None:
+            return logits.softmax(-1).masked_fill(hidden, 0.0)
+        total = logits.logsumexp(-1).logaddexp(self.sinks.float().unsqueeze(2))
+        return (logits - total.unsqueeze(-1)).exp()
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled and soft-capped products, ``[..., T, L]`` (float32), of queries ``[..., T, D]`` and keys ``[..., L, D]``."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from pikv.cache.block import RowBlock
 
 
-def can_attend_in_parts(block: RowBlock) -> bool:
+def can_split(block: RowBlock) -> bool:
     """Whether torch's CPU kernel, which tells its log-sum-exp, takes this block's keys and values."""
     return (
         hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -14,7 +14,7 @@ def can_attend_in_parts(block: RowBlock) -> bool:
     )
 
 
-def attend_in_parts(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, num_parts: int) -> Tensor:
+def attend_split(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, num_parts: int) -> Tensor:
     """Attends to ``num_parts`` parts of every row at the same time.
 
     ``queries`` is ``[n, 1, group, D]``, ``keys`` and ``values`` ``[n, L, D]`` with ``L >= num_parts``.

@@ -1,0 +1,300 @@
+"""The types that cross folders: one attention call, one layer's view for a decision, and the decision.
+
+Shapes, here and everywhere: ``B`` batch, ``H`` query heads, ``G`` KV heads, ``T`` tokens, ``L`` tokens of the longest row,
+``D`` head dimension, ``n`` rows of a block, ``R = B * G`` rows (``r = b * G + g``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pikv.attention.params import AttentionParams
+from pikv.cache.kept import KeptTokens, TokenBlock
+from pikv.cache.row_state import ContiguousPositions, RowState
+from pikv.cache.rows import RaggedRows
+
+Kept = Sequence[Tensor]
+"""For every row ``b * G + g`` the numbers of the tokens to keep within the row, ascending (int64)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One call of an attention module over ragged rows, after the new tokens were stored.
+
+    Attributes:
+        module: the attention module
+        layer_idx: its number in the model
+        rows: hold the keys and values, the newest included
+        queries: ``[B, H, T, D]``, after RoPE
+        params: how the module gets from products to weights
+        is_token: ``[B, T]`` (bool), which columns are no padding; None for all
+        logsumexp: ``[B, H, T]`` of the queries' attention, where a kernel left it
+        state: running state that lies beside the rows, by owner
+        hidden_states: ``[B, T, hidden]``, the module's input
+        arguments: its further arguments, by name, without the cache
+        num_new: columns of the forward pass, padding included
+    """
+
+    module: nn.Module
+    layer_idx: int
+    rows: RaggedRows
+    queries: Tensor
+    params: AttentionParams
+    is_token: Tensor | None
+    logsumexp: Tensor | None
+    state: dict[Any, RowState]
+    hidden_states: Tensor
+    arguments: Mapping[str, Any]
+    num_new: int
+
+    def newest_column(self) -> AttentionCall:
+        """The same with the last column alone, for who need not hold on to all queries and hidden states."""
+        is_token = None if self.is_token is None else self.is_token[:, -1:]
+        return replace(
+            self,
+            queries=self.queries[:, :, -1:].clone(),
+            hidden_states=self.hidden_states[:, -1:].clone(),
+            is_token=is_token,
+            logsumexp=None,
+            arguments={},
+        )
+
+
+@dataclass(frozen=True)
+class Reread:
+    """How to read a context again: behind ``prompt_ids``, in chunks of ``chunk_size`` tokens.
+
+    A chunk sees the first ``sink_size`` tokens, itself as it was, and itself as it is read again.
+    """
+
+    prompt_ids: tuple[int, ...] = ()
+    chunk_size: int = 2048
+    sink_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a scorer or a budget looks at, beside positions, keys and values; nothing else is prepared or held for it.
+
+    Attributes:
+        queries: the queries or hidden states of the newest tokens
+        logsumexp: the log-sum-exp of a prefill's attention, which takes a moment to get hold of
+        observes: every context that is read, also where nothing has to be decided yet, to note what later scores need
+        reread: the attention that a second reading of the context pays
+    """
+
+    queries: bool = False
+    logsumexp: bool = False
+    observes: bool = False
+    reread: Reread | None = None
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            queries=self.queries or other.queries,
+            logsumexp=self.logsumexp or other.logsumexp,
+            observes=self.observes or other.observes,
+            reread=self.reread or other.reread,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerView:
+    """One layer at the moment of a decision; nothing in it may be written to but ``state`` and ``scratch``.
+
+    Attributes:
+        call: the attention call that the decision follows; its queries and hidden states are those of the newest tokens
+        kept: the cached tokens
+        rank: the layer's number among the ``num_layers`` that hold ragged rows
+        num_given: ``[B, G]`` (int64, CPU), tokens of each row that the share to remove refers to
+        budget: ``[B, G]`` (int64, CPU), tokens that the budget means to keep before it has seen any score
+        seen: ``[B]`` (int64, CPU), tokens of each sequence so far
+        is_first_stage: whether no other stage acted on the layer before
+        reserved_bytes: held by layers without ragged rows
+        reread: ``[B, G, L]``, the most attention that a second reading paid each token; NaN where there was none
+        scratch: lives for one decision of a stage about all layers
+    """
+
+    call: AttentionCall
+    kept: KeptTokens
+    rank: int
+    num_layers: int
+    num_given: Tensor
+    budget: Tensor
+    seen: Tensor
+    is_first_stage: bool = True
+    reserved_bytes: int = 0
+    reread: Tensor | None = None
+    scratch: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, call: AttentionCall, *, rank: int, num_layers: int, **further: Any) -> LayerView:
+        """The view of a layer right after its attention; by default it was given all tokens that it has seen."""
+        seen = torch.tensor(call.rows.seen)
+        entries: dict[str, Any] = {
+            "kept": call.rows.kept(),
+            "num_given": seen.unsqueeze(1).expand(-1, call.rows.num_kv_heads),
+            "budget": call.rows.lengths,
+            "seen": seen,
+        }
+        return cls(call=call, rank=rank, num_layers=num_layers, **{**entries, **further})
+
+    @property
+    def module(self) -> nn.Module:
+        return self.call.module
+
+    @property
+    def layer_idx(self) -> int:
+        return self.call.layer_idx
+
+    @property
+    def queries(self) -> Tensor:
+        return self.call.queries
+
+    @property
+    def hidden_states(self) -> Tensor:
+        return self.call.hidden_states
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.call.arguments
+
+    @property
+    def params(self) -> AttentionParams:
+        return self.call.params
+
+    @property
+    def logsumexp(self) -> Tensor | None:
+        return self.call.logsumexp
+
+    @property
+    def state(self) -> dict[Any, RowState]:
+        return self.call.state
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.queries.shape[1] // self.kept.shape[1]
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Which columns of the queries are no padding, ``[B, T]``."""
+        if self.call.is_token is not None:
+            return self.call.is_token
+        return torch.ones(self.hidden_states.shape[:2], dtype=torch.bool, device=self.queries.device)
+
+    @cached_property
+    def query_positions(self) -> Tensor:
+        """True positions of the queries, ``[B, T]``; -1 for padding."""
+        counts = self.is_token.sum(1, keepdim=True)
+        ranks = self.is_token.cumsum(1) - 1
+        start = self.seen.to(ranks.device).unsqueeze(1) - counts
+        return torch.where(self.is_token, start + ranks, -1)
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Positions that keys are turned to, ``[B, G, L]`` (int64): the true ones, unless ``KeyRerotationPress`` moved them.
+
+        Raises:
+            ValueError: if tokens were evicted since keys were moved, so that nobody knows where they stand.
+        """
+        state, lengths = self.state.get(ContiguousPositions), self.kept.lengths
+        if not isinstance(state, ContiguousPositions):
+            return self.kept.positions.long()
+        if bool(((lengths - state.lengths).sum(0) != int(self.seen.sum()) - state.seen).any()):
+            raise ValueError("another press evicted tokens after the keys of this cache were turned to positions without gaps")
+        slots = torch.arange(self.kept.positions.shape[2])
+        return ((self.seen.view(-1, 1) - lengths).unsqueeze(2) + slots).to(self.kept.device)
+
+    def by_block(self, score: Callable[[BlockView], Tensor]) -> Tensor:
+        """Asks ``score`` for ``[n, L]`` about each block of equally long rows, one after the other; lays out ``[B, G, L]``."""
+        return self.kept.spread([score(BlockView(self, block)) for block in self.kept.blocks])
+
+
+class BlockView:
+    """The rows of a layer that hold equally many tokens, with the queries that belong to them; made to be dropped soon.
+
+    Keys and values are read when they are asked for.
+    """
+
+    def __init__(self, view: LayerView, block: TokenBlock) -> None:
+        self.view = view
+        self.block = block
+        self.row_ids = block.row_ids
+        self.positions = block.positions
+        self.length = block.length
+
+    @cached_property
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        return self.block.load()
+
+    @property
+    def keys(self) -> Tensor:
+        """``[n, L, D]``"""
+        return self._dense[0]
+
+    @property
+    def values(self) -> Tensor:
+        """``[n, L, Dv]``"""
+        return self._dense[1]
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """Of the query heads that read each row, ``[n, H / G, T, D]``."""
+        queries = self.view.queries
+        return queries.reshape(-1, self.view.group_size, *queries.shape[2:])[self.block.selector]
+
+    @cached_property
+    def params(self) -> AttentionParams:
+        """Those of each row, see ``AttentionParams.for_rows``."""
+        return self.view.params.for_rows(self.row_ids, self.view.kept.shape[1])
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Which of the queries are no padding, ``[n, T]``."""
+        return self.of_sequences(self.view.is_token)
+
+    @cached_property
+    def query_positions(self) -> Tensor:
+        """``[n, T]``; -1 for padding."""
+        return self.of_sequences(self.view.query_positions)
+
+    @property
+    def seen(self) -> Tensor:
+        """Tokens seen by each row's sequence, ``[n]`` (on the rows' device)."""
+        return self.of_sequences(self.view.seen).to(self.positions.device)
+
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """The entry ``[n, ...]`` of each row's sequence in ``values`` ``[B, ...]``."""
+        heads = self.view.kept.shape[1]
+        return values[[row // heads for row in self.row_ids]]
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """The entry ``[n, ...]`` of each row in ``values`` ``[B, G, ...]``; of ``[B, G, L, ...]`` this block's own length."""
+        found = values.flatten(0, 1)[list(self.row_ids)]
+        return found if values.dim() == 2 else found[:, : self.length]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What becomes of a layer's tokens.
+
+    Attributes:
+        kept: which tokens stay; None for all
+        format: the name of the format that those stay in (``pikv.cache.formats``); None for the one that they have
+        location: the device that they move to; None for where they are
+        target_lengths: ``[B, G]``, how many tokens the rows would hold had all of the given ones been there, which a further
+            stage's ratio refers to; None for as many as they do
+        earlier: which tokens of layers before this one stay, by layer index
+    """
+
+    kept: Kept | None = None
+    format: str | None = None
+    location: torch.device | None = None
+    target_lengths: Tensor | None = None
+    earlier: Mapping[int, Kept] = field(default_factory=dict)

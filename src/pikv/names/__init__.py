@@ -1,0 +1,1 @@
+"""Things by name: what is said of a name that nothing has."""
