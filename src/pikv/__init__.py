@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pikv.version import __version__
+
 if TYPE_CHECKING:
     from pikv.hf.cache import PiKVCache
     from pikv.presses.prefill import prefill
     from pikv.presses.registry import get_press, list_presses
 
-__version__ = "0.1.0"
-__all__ = ["PiKVCache", "get_press", "list_presses", "prefill"]
+__all__ = ["PiKVCache", "__version__", "get_press", "list_presses", "prefill"]
 
 _LAZY = {
     "PiKVCache": "pikv.hf.cache",

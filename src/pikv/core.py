@@ -206,7 +206,7 @@ class LayerView:
         state, lengths = self.state.get(ContiguousPositions), self.kept.lengths
         if not isinstance(state, ContiguousPositions):
             return self.kept.positions.long()
-        if bool(((lengths - state.lengths).sum(0) != int(self.seen.sum()) - state.seen).any()):
+        if bool((lengths - state.lengths != (self.seen - torch.tensor(state.seen)).unsqueeze(1)).any()):
             raise ValueError("another press evicted tokens after the keys of this cache were turned to positions without gaps")
         slots = torch.arange(self.kept.positions.shape[2])
         return ((self.seen.view(-1, 1) - lengths).unsqueeze(2) + slots).to(self.kept.device)

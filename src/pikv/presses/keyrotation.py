@@ -4,7 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pikv.cache.block import RowBlock
 from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows
 from pikv.core import Decision, Kept, LayerView
@@ -53,13 +55,14 @@ class _RotatingStage(ScoredStage):
     def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
         self.inner.after_keep(view, kept, rows)
         before, heads = view.key_positions, rows.num_kv_heads
-        for block in rows.blocks:
+
+        def turn(block: RowBlock, keys: Tensor, numbers: Tensor) -> Tensor:
             old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.row_ids])
             ends = torch.tensor([int(view.seen[row // heads]) for row in block.row_ids], device=old.device).unsqueeze(1)
-            new = ends - block.length + torch.arange(block.length, device=old.device)
-            keys = block.keys[:, : block.length]
-            block.keys[:, : block.length] = self.rotary.rotate(keys, new - old, view.layer_idx)
-        view.state[ContiguousPositions] = ContiguousPositions(seen=int(view.seen.sum()), lengths=rows.lengths)
+            return self.rotary.rotate(keys, ends - block.length + numbers - old[:, numbers], view.layer_idx)
+
+        rows.set_keys(turn)
+        view.state[ContiguousPositions] = ContiguousPositions(seen=view.seen.tolist(), lengths=rows.lengths)
 
     def _check(self, view: LayerView) -> None:
         has_gaps = ContiguousPositions not in view.state and bool((view.kept.lengths != view.seen.view(-1, 1)).any())

@@ -137,7 +137,7 @@ class Session:
         rows.keep(kept)
         for press in stage.presses:
             press.record(layer, 0, num_evicted)
-            cache.state(layer)[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+            cache.state(layer)[LastLength, press] = LastLength(seen=list(rows.seen), num_tokens=int(rows.lengths.sum()))
 
     def _view(
         self, stage: Stage, call: AttentionCall, num_given: Tensor, reread: Tensor | None, *, is_first: bool
@@ -177,4 +177,4 @@ class StatsRecorder:
         """Notes what the rows hold now, to tell later what came since."""
         rows = self.call.rows
         for press in self.entered:
-            self.call.state[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+            self.call.state[LastLength, press] = LastLength(seen=list(rows.seen), num_tokens=int(rows.lengths.sum()))

@@ -31,12 +31,12 @@ class DecodingHistory(RowState):
 
     def add(self, call: AttentionCall, num_kept: int) -> None:
         """Notes a forward pass, and keeps what the last ``num_kept`` single tokens brought."""
-        seen_before, self.seen = self.seen, sum(call.rows.seen)
+        seen_before, self.seen = sum(self.seen), list(call.rows.seen)
         if call.num_new > 1:
             self.newest = []
             return
         num_real = len(call.queries) if call.is_token is None else int(call.is_token.sum())
-        if seen_before + num_real != self.seen:  # tokens came that nobody told us of
+        if seen_before + num_real != sum(self.seen):  # tokens came that nobody told us of
             self.num_single = 0
             self.newest = []
         self.num_single += 1
@@ -83,6 +83,6 @@ def _embeddings(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 def state_of(kind: type[_RowState], call: AttentionCall, owner: Hashable) -> _RowState:
     """The state of this kind that ``owner`` keeps beside the rows of a call; a new one, where there is none."""
-    state = call.state.setdefault((kind, owner), kind(seen=0))
+    state = call.state.setdefault((kind, owner), kind(seen=[0] * call.rows.batch_size))
     assert isinstance(state, kind)
     return state

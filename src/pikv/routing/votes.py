@@ -140,7 +140,7 @@ def after_decision(view: LayerView, ballots: Sequence[Ballot], kept: Sequence[Te
         weighted = attention.unsqueeze(-1) * ballot.mixture
         has_lost = (view.kept.valid & ~is_kept).any(2).any(1)  # as in a batch of its own, where nothing would be decided
         new = Hits(
-            seen=int(view.seen.sum()),
+            seen=view.seen.tolist(),
             kept=(weighted * is_kept.unsqueeze(-1)).sum((1, 2)) * has_lost.unsqueeze(1),
             total=weighted.sum((1, 2)) * has_lost.unsqueeze(1),
         )

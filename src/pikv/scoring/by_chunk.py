@@ -51,8 +51,8 @@ class ByChunkScorer(WrappingScorer):
 
     def _chunks(self, view: LayerView) -> Iterator[tuple[LayerView, Tensor]]:
         """The view of every chunk, with notes of its own, and its tokens' numbers in the row."""
-        state = view.state.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=0))
+        state = view.state.setdefault((ByChunkScorer, self.chunk_length), _ChunkNotes(seen=[]))
         assert isinstance(state, _ChunkNotes)
-        state.seen = int(view.seen.sum())
+        state.seen = view.seen.tolist()
         for start, chunk, slots in chunk_views(view, self.chunk_length):
             yield replace(chunk, call=replace(chunk.call, state=state.by_chunk.setdefault(start, {}))), slots

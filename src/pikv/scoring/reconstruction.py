@@ -50,7 +50,7 @@ class ReconstructionScorer(Scorer):
         positions = view.kept.positions
         scores = torch.where(view.reread.isnan(), self._remembered(view), view.reread)
         # Under what was asked, not under this object: another one that asks the same goes on from here.
-        view.state[self.reread] = _Remembered(seen=int(view.seen.sum()), positions=positions.clone(), scores=scores)
+        view.state[self.reread] = _Remembered(seen=view.seen.tolist(), positions=positions.clone(), scores=scores)
         return torch.where(positions < self.reread.sink_size, 2.0, scores)
 
     def _remembered(self, view: LayerView) -> Tensor:
