@@ -4,13 +4,13 @@ import pytest
 
 from pikv import get_press, list_presses
 from pikv.presses import ComposedPress, DuoAttentionPress, MoERouterPress, SnapKVPress, from_kvpress
-from pikv.presses.registry import describe_press
+from pikv.presses.registry import press_info
 
 
 @pytest.mark.parametrize("name", list_presses())
 def test_every_name_builds_a_press_with_a_description(name):
     assert get_press(name) is not get_press(name)
-    assert len(describe_press(name)) > 20
+    assert len(press_info(name).description) > 20
 
 
 def test_options_and_ratios():

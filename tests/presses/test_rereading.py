@@ -8,7 +8,7 @@ import torch
 import pikv
 from pikv import PiKVCache
 from pikv.presses import CAKEPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
-from pikv.scoring.reconstruction import ReconstructionScorer
+from pikv.presses.kvzip import ReconstructionScorer
 from tiny import batch_of, build
 
 

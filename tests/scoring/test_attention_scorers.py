@@ -8,9 +8,9 @@ from views import DIM, HEADS, KV_HEADS, SCALING, attention_of, keys_of, ragged_v
 
 from pikv.attention.params import AttentionParams
 from pikv.hf.rotary import Rotary
-from pikv.scoring.expected import ExpectedAttentionScorer
-from pikv.scoring.last_query import LastQueryScorer
-from pikv.scoring.noncausal import NonCausalAttentionScorer
+from pikv.presses.expected import ExpectedAttentionScorer
+from pikv.presses.noncausal import NonCausalAttentionScorer
+from pikv.presses.tova import LastQueryScorer
 from tiny import build
 
 GROUP = HEADS // KV_HEADS

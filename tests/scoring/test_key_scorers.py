@@ -8,11 +8,11 @@ import torch
 from test_attention_scorers import rotated, small_rotary
 from views import DIM, KV_HEADS, keys_of, ragged_view, rows_of, stored_view, values_of, with_call
 
-from pikv.scoring.chance import ChanceScorer
+from pikv.presses.lagkv import LagScorer
+from pikv.presses.leverage import LeverageScorer
+from pikv.presses.qfilters import QueryFilterScorer
+from pikv.presses.random import RandomScorer
 from pikv.scoring.key_difference import KeyDifferenceScorer
-from pikv.scoring.lag import LagScorer
-from pikv.scoring.leverage import LeverageScorer
-from pikv.scoring.query_filter import QueryFilterScorer
 
 
 def assert_rows_equal(view, scores, formula, **tolerance):
@@ -141,12 +141,12 @@ def test_chance_depends_on_seed_layer_head_and_position_only():
             expected.append((state >> 40) / (1 << 24))
         return expected
 
-    assert_rows_equal(view, ChanceScorer(7).score(view), formula)
+    assert_rows_equal(view, RandomScorer(7).score(view), formula)
 
 
 def test_chance_is_even():
     tokens = torch.zeros(1, 2, 20_000, 1)
-    scores = ChanceScorer().score(stored_view(tokens, tokens))
+    scores = RandomScorer().score(stored_view(tokens, tokens))
     assert scores.mean() == pytest.approx(0.5, abs=0.01)
     assert torch.histc(scores, 10, 0, 1).min() > 3600  # of 4000
     assert abs(torch.corrcoef(scores[0])[0, 1]) < 0.03
@@ -162,5 +162,5 @@ def test_chance_is_even():
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match="must be at least"):
+    with pytest.raises(ValueError, match="must be a whole number of at least"):
         make()

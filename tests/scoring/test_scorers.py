@@ -3,9 +3,9 @@
 import torch
 from views import HEADS, KV_HEADS, attention_of, keys_of, ragged_view, rows_of
 
+from pikv.presses.h2o import ObservedAttentionScorer
+from pikv.presses.knorm import KeyNormScorer
 from pikv.scoring.experts import EndsExpert, default_experts
-from pikv.scoring.key_norm import KeyNormScorer
-from pikv.scoring.observed import ObservedAttentionScorer
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import WindowScorer
 

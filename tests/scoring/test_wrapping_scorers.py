@@ -7,15 +7,15 @@ import torch
 from transformers.pytorch_utils import Conv1D
 from views import DIM, HEADS, HIDDEN, KV_HEADS, attention_of, keys_of, ragged_view, rows_of, stored_view, values_of, with_call
 
-from pikv.core import Reread
+from pikv.core import Needs, Reread
 from pikv.hf.support import attention_modules
+from pikv.presses.chunk import ByChunkScorer
+from pikv.presses.chunkkv import WholeChunksScorer
+from pikv.presses.criticalkv import CriticalScorer
+from pikv.presses.h2o import ObservedAttentionScorer
+from pikv.presses.knorm import KeyNormScorer
 from pikv.scoring.base import Scorer
-from pikv.scoring.by_chunk import ByChunkScorer
-from pikv.scoring.critical import CriticalScorer
-from pikv.scoring.key_norm import KeyNormScorer
-from pikv.scoring.observed import ObservedAttentionScorer
 from pikv.scoring.output import output_norms
-from pikv.scoring.whole_chunks import WholeChunksScorer
 from pikv.scoring.window import WindowScorer
 from tiny import FAMILIES, build
 
@@ -25,8 +25,7 @@ GROUP = HEADS // KV_HEADS
 class Given(Scorer):
     """Gives scores by true position, and remembers what it was bound to and shown."""
 
-    wants_logsumexp = True
-    reread = Reread(chunk_size=3)
+    needs = Needs(logsumexp=True, observes=True, reread=Reread(chunk_size=3))
 
     def __init__(self, table):
         self.table = table
@@ -54,9 +53,8 @@ def test_wrappers_bind_what_they_wrap_and_ask_for_what_it_needs(wrap):
     scorer = wrap(Given(random_table()))
     bound = scorer.bind("model")
     assert (scorer.inner.model, bound.inner.model) == (None, "model")
-    assert bound.reread == scorer.reread == Given.reread
     # The log-sum-exp of attention to the whole context is of no use within a chunk.
-    assert bound.wants_logsumexp == (wrap is not ByChunkScorer)
+    assert bound.needs == scorer.needs == replace(Given.needs, logsumexp=wrap is not ByChunkScorer)
 
 
 class Attention(torch.nn.Module):
@@ -231,5 +229,5 @@ def test_by_chunk_keeps_the_inner_scorers_notes_by_chunk():
 
 @pytest.mark.parametrize("wrap", [WholeChunksScorer, ByChunkScorer])
 def test_chunks_must_hold_a_token(wrap):
-    with pytest.raises(ValueError, match="chunk_length must be at least 1"):
+    with pytest.raises(ValueError, match="chunk_length must be a whole number of at least 1, not 0"):
         wrap(KeyNormScorer(), 0)
