@@ -8,7 +8,8 @@ _MOST = 1 << 53  # whole numbers beyond are no longer told apart where ratios ar
 def check_count(value: Any, name: str, least: int = 1) -> int:
     """Returns ``value`` if it is a whole number of at least ``least``, else raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {_said(value)}")
+        most = f" and at most {_MOST}" if isinstance(value, int) and value > _MOST else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{most}, not {_said(value)}")
     return value
 
 

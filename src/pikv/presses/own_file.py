@@ -24,7 +24,7 @@ def entry_in_file(name: str) -> PressEntry:
     module = _load(Path(path).expanduser())
     known = [key for key, found in vars(module).items() if _is_own(found, module)]
     if class_name not in vars(module):
-        raise unknown(f"press in {path},", class_name, known)
+        raise unknown(f"press of {path}", class_name, known)
     return entry_of(name, vars(module)[class_name])
 
 

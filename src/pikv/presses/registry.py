@@ -31,7 +31,7 @@ def entry_of(name: str, kind: Any, **about: Any) -> PressEntry:
     if isinstance(kind, type) and issubclass(kind, Scorer):
         press = own_scorer_press(kind)
     if not (isinstance(press, type) and issubclass(press, BasePress)):
-        said = f"the class {kind.__name__}" if isinstance(kind, type) else f"a {type(kind).__name__}"
+        said = f"the class {kind.__name__}" if isinstance(kind, type) else f"an object of type {type(kind).__name__}"
         raise ValueError(f"{name} is no press: expected a class that derives from BasePress, ScorerPress or Scorer, got {said}")
     about.setdefault("description", first_sentence(kind.__doc__))
     info = PressInfo(name=name, module=kind.__module__, class_name=kind.__name__, **about)

@@ -59,6 +59,8 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
         if inner:
             raise ValueError(f"press {name!r} wraps no other press")
         return build_kvpress(name.removeprefix(_KVPRESS), **options)
+    if name.endswith(".py"):
+        raise ValueError(f"{shortened(name)} names a file: say which class, {shortened(name + ':MyPress')}")
     entry = entry_in_file(name) if FILE_SEPARATOR in name else PRESSES[name]
     wraps = entry.info.wraps
     if inner and not wraps:
