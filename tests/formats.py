@@ -1,8 +1,13 @@
 """A format of the tests' own: whoever reads tokens behind the storage contract's back gets them in the wrong order."""
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from pikv.cache.formats.base import Segment, register_format
+from pikv.core import Decision
+from pikv.presses import BasePress
+from pikv.presses.stage import Stage
 
 
 @register_format
@@ -50,3 +55,33 @@ class ReversedSegment(Segment):
     @classmethod
     def from_state(cls, tensors, state, device):
         return cls(tensors["stored"].to(device), state["value_dim"])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _SealingStage(Stage):
+    """Stores what another stage left in a format; takes its turn after it."""
+
+    format: str
+
+    def decide(self, view):
+        return Decision(format=self.format)
+
+    def min_kept(self, num_tokens):
+        return num_tokens
+
+
+class FormatPress(BasePress):
+    """Another press, whose survivors lie in a format."""
+
+    def __init__(self, press, format="reversed"):
+        super().__init__()
+        self.press = press
+        self.format = format
+
+    def bind(self, model):
+        stages = [replace(stage, presses=(*stage.presses, self)) for stage in self.press.bind(model)]
+        sealing = _SealingStage(presses=(self,), format=self.format, trigger=stages[-1].trigger)
+        return [*stages, sealing]
+
+    def min_kept(self, num_tokens):
+        return self.press.min_kept(num_tokens)

@@ -9,7 +9,20 @@ import pytest
 CHUNK, TOKENS, HEADS, DIM = 1024, 32_768, 16, 64
 BLOCK = TOKENS * DIM * 4 * 2  # the one long row's keys and values
 RECTANGLE = HEADS * BLOCK
-SCORERS = ["streaming", "knorm", "keydiff", "snapkv", "tova", "h2o", "expected", "lagkv", "leverage", "cake", "noncausal", "random"]
+SCORERS = [
+    "streaming",
+    "knorm",
+    "keydiff",
+    "snapkv",
+    "tova",
+    "h2o",
+    "expected",
+    "lagkv",
+    "leverage",
+    "cake",
+    "noncausal",
+    "random",
+]
 
 SCRIPT = """
 import psutil, sys, torch

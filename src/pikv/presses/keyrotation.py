@@ -11,10 +11,12 @@ from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows
 from pikv.core import Decision, Kept, LayerView
 from pikv.hf.rotary import Rotary
+from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.presses.wrapper import WrapperPress
 
 
+@register_press("keyrotation", group="wrapper", paper="2408.00167", wraps="snapkv")
 class KeyRerotationPress(WrapperPress):
     """Turns the keys that another press keeps to positions without gaps, as StreamingLLM and FINCH do (arXiv 2408.00167).
 
@@ -23,8 +25,7 @@ class KeyRerotationPress(WrapperPress):
 
     Raises:
         ValueError: when applied, if the model has no rotary position embedding, or for presses that share out over layers;
-        inside
-            the block, for a cache that another press evicted tokens from.
+            inside the block, for a cache that another press evicted tokens from.
     """
 
     def bind(self, model: Any) -> list[Stage]:
@@ -35,7 +36,7 @@ class KeyRerotationPress(WrapperPress):
                 raise ValueError(
                     f"{stage.press!r} shares tokens out over the layers; its keys cannot be turned one layer at a time"
                 )
-        return [_RotatingStage(**_fields_of(stage), rotary=rotary, inner=stage) for stage in stages]
+        return [stage if isinstance(stage, _RotatingStage) else _RotatingStage.of(stage, rotary) for stage in stages]
 
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return stage
@@ -47,6 +48,10 @@ class _RotatingStage(ScoredStage):
 
     rotary: Rotary
     inner: ScoredStage
+
+    @classmethod
+    def of(cls, stage: ScoredStage, rotary: Rotary) -> "_RotatingStage":
+        return cls(**{each.name: getattr(stage, each.name) for each in fields(stage)}, rotary=rotary, inner=stage)
 
     def decide(self, view: LayerView) -> Decision:
         self._check(view)  # before anything is evicted
@@ -62,7 +67,7 @@ class _RotatingStage(ScoredStage):
             return self.rotary.rotate(keys, ends - block.length + numbers - old[:, numbers], view.layer_idx)
 
         rows.set_keys(turn)
-        view.state[ContiguousPositions] = ContiguousPositions(seen=view.seen.tolist(), lengths=rows.lengths)
+        view.state[ContiguousPositions] = ContiguousPositions(seen=view.call.seen, lengths=rows.lengths)
 
     def _check(self, view: LayerView) -> None:
         has_gaps = ContiguousPositions not in view.state and bool((view.kept.lengths != view.seen.view(-1, 1)).any())
@@ -71,7 +76,3 @@ class _RotatingStage(ScoredStage):
                 "another press evicted tokens from this cache, or it comes from a file: its keys may stand with gaps"
             )
         _ = view.key_positions  # raises where they are not known
-
-
-def _fields_of(stage: ScoredStage) -> dict[str, Any]:
-    return {each.name: getattr(stage, each.name) for each in fields(stage)}

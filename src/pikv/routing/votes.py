@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pikv.core import LayerView
+from pikv.core import LayerView, Needs
 from pikv.routing.base import Info, MoERouter
 from pikv.routing.memory import Hits, is_noted, prune, recall, remember_mixture
 from pikv.routing.panel import VotePanel, mixture_of
@@ -62,9 +62,9 @@ class RoutedVotesScorer(Scorer):
         self.panels = dict(panels)
         self.sink_size = sink_size
         self.recent_size = recent_size
-        self.watches = any(panel.router.calibrated for panel in self.panels.values())
+        self.needs = Needs(queries=True, observes=any(panel.router.calibrated for panel in self.panels.values()))
 
-    def watch(self, view: LayerView) -> None:
+    def observe(self, view: LayerView) -> None:
         if not is_noted(view, _key(self.panels[view.layer_idx], self.experts)):  # by another stage, in the same pass
             self._route(view)
 

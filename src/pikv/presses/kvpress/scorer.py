@@ -43,10 +43,9 @@ class KvpressScorer(Scorer):
         length = int(kept.lengths[b, 0])
         if bool((kept.lengths[b] != length).any()):
             raise ValueError(f"kvpress's {name} needs KV heads of equal length, and tokens were evicted head by head before")
-        # Copies, since some presses write to what they are given.
-        keys, values = (each[b : b + 1, :, :length].clone() for each in (kept.keys, kept.values))
+        keys, values = _tokens_of_sequence(view, b)
         arguments = _arguments_of_sequence(view, b)
-        attentions = self._attentions(view, b, length)
+        attentions = self._attentions(view, b, keys)
         removed = max(0.0, 1 - (float(view.budget[b].double().mean()) + 1e-3) / length)
         with _lent(self.press, "compression_ratio", removed), _lent(view.module, "rotary_emb", self.rotary):
             try:
@@ -62,16 +61,18 @@ class KvpressScorer(Scorer):
             raise ValueError(f"{self._cannot(view, b, length)} ({shapes})")
         return scores
 
-    def _attentions(self, view: LayerView, b: int, length: int) -> Tensor | None:
+    def _attentions(self, view: LayerView, b: int, keys: Tensor) -> Tensor | None:
         """The attention weights ``[1, H, T, L]`` of a sequence's newest queries, where the press asks for them."""
         implementation = str(getattr(getattr(view.module, "config", None), "_attn_implementation", ""))
         if not (implementation.endswith("eager") or _reads_attention(self.press)):
             return None
-        is_token, keys = view.is_token[b], view.kept.keys[b : b + 1, :, :length]
-        positions = view.kept.positions[b : b + 1, :, None, :length]
-        visible = positions <= view.query_positions[b, is_token].to(positions.device).view(1, 1, -1, 1)
-        weights = view.params.weights(view.queries[b : b + 1][:, :, is_token], keys, visible)
-        return weights.flatten(1, 2).to(keys.dtype)
+        heads, length = keys.shape[1:3]
+        is_token = view.is_token[b]
+        positions = view.kept.positions[b, :, None, :length]
+        visible = positions <= view.query_positions[b, is_token].to(positions.device).view(1, -1, 1)
+        params = view.params.for_rows(range(b * heads, (b + 1) * heads), heads)
+        weights = params.weights_of_rows(view.queries[b][:, is_token].unflatten(0, (heads, -1)), keys[0], visible)
+        return weights.flatten(0, 1).unsqueeze(0).to(keys.dtype)
 
     def _cannot(self, view: LayerView, b: int, length: int) -> str:
         name, module = type(self.press).__name__, type(view.module).__name__
@@ -82,6 +83,19 @@ class KvpressScorer(Scorer):
             f"kvpress's {name} cannot score a cache of {length} tokens after reading {num_new}: it was made for one prefill of "
             "the whole context, before anything is evicted"
         )
+
+
+def _tokens_of_sequence(view: LayerView, b: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, G, L, D]`` of a sequence whose rows are equally long; copies, since some presses write to them."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for block in view.kept.blocks:
+        own = [(member, row) for member, row in enumerate(block.row_ids) if row // view.kept.shape[1] == b]
+        if own:
+            keys, values = block.load()
+            found |= {row: (keys[member], values[member]) for member, row in own}
+    rows = [found[row] for row in sorted(found)]
+    keys, values = (torch.stack([row[which] for row in rows]).unsqueeze(0) for which in (0, 1))
+    return keys, values
 
 
 def _is_first_reading(view: LayerView, b: int, length: int) -> bool:

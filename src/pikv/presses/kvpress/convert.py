@@ -2,24 +2,25 @@
 
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
-from pikv.budget.pyramid import PyramidBudget
 from pikv.presses.adakv import AdaKVPress
-from pikv.presses.base import BasePress, NoCompressionPress
+from pikv.presses.base import BasePress
 from pikv.presses.chunk import ChunkPress
 from pikv.presses.chunkkv import ChunkKVPress
 from pikv.presses.composed import ComposedPress
 from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
 from pikv.presses.keyrotation import KeyRerotationPress
+from pikv.presses.kvpress.scorer import KvpressScorer
+from pikv.presses.none import NoCompressionPress
 from pikv.presses.perlayer import PerLayerPress
+from pikv.presses.pyramidkv import PyramidBudget
 from pikv.presses.scorer import ScorerPress
-from pikv.scoring.kvpress import KvpressScorer
+from pikv.registry import unknown
 
 _MISSING = 'kvpress is not installed; pip install "pikv[kvpress]" (it needs transformers < 5.3)'
 
@@ -61,9 +62,7 @@ def build_kvpress(name: str, **options: Any) -> BasePress:
         raise ValueError(f"kvpress.{name}: {_MISSING}") from error
     names = [each for each in kvpress.__all__ if _is_scorer(getattr(kvpress, each), kvpress)]
     if name not in names:
-        near = get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"kvpress has no scorer press {name!r}{hint} (there is {', '.join(sorted(names))})")
+        raise unknown("scorer press of kvpress", name, sorted(names))
     try:
         return from_kvpress(getattr(kvpress, name)(**{"compression_ratio": 0.5, **options}))
     except (AssertionError, TypeError) as error:
