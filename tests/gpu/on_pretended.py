@@ -9,11 +9,11 @@ from pretend import DEVICE, move, pretend_cuda
 from transformers import DynamicCache
 
 import pikv
-from pikv import PiKVCache
+from pikv import PiKVCache, get_press
 from tiny import batch_of, build
 
 SOME_PRESSES = ("snapkv", "h2o", "expected", "kvzip", "duo", "eplb-calibrated")
-# family, prompts of the batch, whether the model is given a mask, tokens that the rows keep (None: all)
+# family, prompts of the batch, whether the model is given a mask, tokens that the rows keep (None: all) or a press at work
 STEPS = {
     "one sequence": ("llama", [40], False, None),
     "one sequence, mask of ones": ("llama", [40], True, None),
@@ -23,6 +23,9 @@ STEPS = {
     "batch in two blocks, mask of ones": ("llama", [40, 40], True, [30, 30, 10, 10] * 2),
     "padded batch in two blocks": ("llama", [40, 31], True, [30, 30, 10, 10] * 2),
     "every row different": ("llama", [40, 31], True, [30, 25, 20, 15, 27, 22, 17, 12]),
+    "one sequence under a press": ("llama", [40], False, "snapkv:0.5"),
+    "batch under a press, mask of ones": ("llama", [40, 40], True, "snapkv:0.5"),
+    "padded batch under a press": ("llama", [40, 31], True, "snapkv:0.5"),
     "soft-capping": ("gemma2", [40], False, [30, 30, 10, 10]),
     "sinks": ("gpt_oss", [40], False, [30, 30, 10, 10]),
 }
@@ -37,6 +40,13 @@ def step_of(counts, family, lengths, has_mask, kept, cache_of):
     model = move(build(family))
     ids, mask = (tensor.to(DEVICE) for tensor in batch_of(lengths))
     cache = cache_of(model.config)
+    if isinstance(kept, str) and isinstance(cache, PiKVCache):
+        with get_press(kept)(model):
+            return _third_step(counts, model, ids, mask, has_mask, None, cache)
+    return _third_step(counts, model, ids, mask, has_mask, kept, cache)
+
+
+def _third_step(counts, model, ids, mask, has_mask, kept, cache):
     model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     if kept and isinstance(cache, PiKVCache):
         for layer in cache.ragged_layers:
