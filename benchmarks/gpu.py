@@ -39,8 +39,8 @@ def _section(name: str) -> Callable[[str, bool, float], Iterator[dict[str, Any]]
     return run
 
 
-def measure(device: str, quick: bool, minutes: float) -> dict[str, Any]:
-    """Runs all sections within the time."""
+def measure(device: str, quick: bool, minutes: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs all sections within the time, and saves what there is after each: whoever lends a GPU may take it back."""
     from common import environment
     from on_gpu.device import description, release
 
@@ -54,6 +54,7 @@ def measure(device: str, quick: bool, minutes: float) -> dict[str, Any]:
             results[name].append(entry)
             _progress(name, len(results[name]), time.monotonic() - begun)
         release(device)
+        save(results)
     results["environment"] = {**description(device), **environment()}
     results["seconds"] = time.monotonic() - begun
     return results
@@ -63,16 +64,6 @@ def _progress(name: str, number: int, seconds: float) -> None:
     end = "\r" if sys.stderr.isatty() else "\n"
     if sys.stderr.isatty() or number % 25 == 0:
         print(f"{name}: {number} done, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
-
-
-def write(results: dict[str, Any], out: Path) -> Path:
-    from on_gpu.page import markdown
-
-    folder = out / f"gpu-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    (folder / "page.md").write_text(markdown(results))
-    return folder
 
 
 def main() -> int:
@@ -86,16 +77,25 @@ def main() -> int:
         print(f"skipped: torch {torch.__version__} finds no CUDA device here (--device cpu --quick runs all of it on the CPU)")
         return 0
     # A little is kept back for the last measurement, which may begin just before the end.
-    results = measure(arguments.device, arguments.quick, 0.93 * arguments.minutes)
+    folder = arguments.out / f"gpu-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(results: dict[str, Any]) -> None:
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+
+    results = measure(arguments.device, arguments.quick, 0.93 * arguments.minutes, save)
     from common import print_table
-    from on_gpu.page import TABLES, failures, verdict
+    from on_gpu.page import TABLES, failures, markdown, verdict
+
+    save(results)
+    (folder / "page.md").write_text(markdown(results))
 
     for title, header, rows_of in TABLES:
         print_table(title, header, [[cell[:90] for cell in row] for row in rows_of(results)], width=200)
     for line in failures(results):
         print(line)
     print(verdict(results))
-    print(f"written to {write(results, arguments.out)}")
+    print(f"written to {folder}")
     return int(any(entry.get("passed") is False for name in ("exactness", "generation") for entry in results[name]))
 
 
