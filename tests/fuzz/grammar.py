@@ -107,10 +107,8 @@ def _wrapped(rng: Random) -> str:
 
 def _composed(rng: Random) -> str:
     """A composition by specification."""
-    parts = [
-        f"{_specification(rng, rng.choice((0, 0, 0, 1, 2)))}:{rng.choice(_RATIOS[:6]):g}"
-        for _ in range(rng.choice((2, 2, 2, 3)))
-    ]
+    depths = [rng.choice((0, 0, 0, 1, 2)) for _ in range(rng.choice((2, 2, 2, 3)))]
+    parts = [f"{_specification(rng, depth)}:{rng.choice(_RATIOS[:6]):g}" for depth in depths]
     return f'get_press("{"+".join(parts)}")'
 
 

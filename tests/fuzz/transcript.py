@@ -15,13 +15,13 @@ ALIVE = 1 << 30
 ATOL = 1e-4
 
 
-class Broken(AssertionError):
+class PropertyError(AssertionError):
     """A property does not hold."""
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise Broken(message)
+        raise PropertyError(message)
 
 
 @dataclass
@@ -151,9 +151,7 @@ class Transcript:
         require(not revived, f"{row}: evicted tokens came back: {revived}")
         lost = alive & ~kept
         count = int(lost.sum())
-        require(
-            may_evict or not count, f"{row}: lost tokens {lost.nonzero().flatten().tolist()} that nothing should have evicted"
-        )
+        require(may_evict or not count, f"{row}: lost tokens {lost.nonzero().flatten().tolist()} that nothing may evict")
         died[lost] = sequence.seen
         return count
 
