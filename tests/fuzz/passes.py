@@ -170,16 +170,17 @@ class Passes:
         if press is not None and used is None:
             return  # it could not be built
         around = None if outer is None else self.presses[outer]
-        untouched = around.get_stats() if around is not None and outer != press else None
+        untouched = None
         try:
             with ExitStack() as stack:
                 if around is not None and used is not None:
                     stack.enter_context(around(self.model))
+                    untouched = around.get_stats() if outer != press else None
                 if used is not None and own and not self._is_carried:
                     stack.enter_context(used(self.model))
                 stack.enter_context(self._following(press))
                 run()
-            if untouched is not None and used is not None:
+            if around is not None and untouched is not None:
                 require(around.get_stats() == untouched, "a press around the one at work counted what that did")
         except (ValueError, RuntimeError) as error:
             if not is_clear(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import tempfile
 import warnings
 from contextlib import suppress
@@ -16,7 +17,7 @@ from abuses import attempt
 from grammar import moves_keys
 from passes import MAX_BATCH_SIZE, MAX_COLUMNS, Passes, UnusableCacheError, is_clear
 from plan import Conversation, Operation
-from transcript import PropertyError, require
+from transcript import PropertyError, Transcript, require
 
 from pikv import PiKVCache
 
@@ -223,7 +224,8 @@ class Player(Passes):
         try:
             attempt(how, self.model, self.cache, self.truth)
         except (ValueError, RuntimeError) as error:
-            documented = isinstance(error, RuntimeError) and str(error).startswith("PiKVCache needs")
+            # Of a ready-made mask that a model with sliding layers was given, these say that a pass was interrupted.
+            documented = isinstance(error, RuntimeError) and re.match("PiKVCache needs|the layers of this cache", str(error))
             if not is_clear(error) and not documented:
                 raise
             self._refused(error)
@@ -239,9 +241,25 @@ def compare_alone(together: Player, conversation: Conversation) -> None:
         if alone.refusals.total() != together.refusals.total():
             return  # what is refused may hang on the longest of a batch
         alone.finish()
-        for layer, died in together.truth.sequences[b].died.items():
-            found = alone.truth.sequences[0].died[layer]
-            if not torch.equal(died, found):
-                g = int((died != found).any(1).nonzero()[0])
-                different = (died[g] != found[g]).nonzero().flatten().tolist()
-                raise PropertyError(f"sequence {b} alone: other tokens kept in layer {layer}, head {g}: {different}")
+        if difference := _difference(together.truth, b, alone.truth):
+            raise PropertyError(f"sequence {b} alone: {difference}")
+
+
+def _difference(together: Transcript, b: int, alone: Transcript) -> str | None:
+    """The first eviction of sequence ``b`` that was another one alone, unless scores must have tied."""
+    here, there = together.sequences[b], alone.sequences[0]
+    different = []
+    for layer, died in here.died.items():
+        require(died.shape == there.died[layer].shape, f"sequence {b} alone has other tokens")
+        times = torch.minimum(died, there.died[layer])
+        different += [(int(times[g, p]), layer, int(g)) for g, p in (died != there.died[layer]).nonzero()]
+    if not different:
+        return None
+    time, layer, g = min(different)
+    kept = [sequence.died[layer][g, :time] > time for sequence in (here, there)]
+    words = alone.ids[0, alone.mask[0].bool()][:time]
+    only_here, only_there = (words[one & ~other].sort().values for one, other in (kept, kept[::-1]))
+    # Equal words may have equal scores, and some scores of two tokens are equal whatever they are.
+    if int(kept[0].sum()) <= 2 or torch.equal(only_here, only_there):
+        return None
+    return f"of {time} tokens, head {g} of layer {layer} kept {only_here.tolist()} in the batch and {only_there.tolist()} alone"
