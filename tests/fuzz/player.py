@@ -210,7 +210,10 @@ class Player(Passes):
             finally:
                 hook.remove()
         may_evict = press is not None or self._is_carried
-        if self.cache.get_seq_length() == self.truth.columns + columns:
+        seen = {layer.get_seq_length() for layer in self.cache.layers}
+        whole_or_none = [{self.truth.columns}, {self.truth.columns + columns}]
+        require(seen in whole_or_none, f"after an interruption layers have seen {sorted(seen)} columns")
+        if seen == whole_or_none[1]:
             self.truth.read(ids, mask)
         self.truth.keys_moved |= press is not None and moves_keys(self.conversation.presses[press])
         self.truth.observe(self.cache, may_evict)
