@@ -23,11 +23,12 @@ from transcript import Transcript, require
 import pikv
 from calibrated import random_calibration
 from pikv import PiKVCache
+from pikv.hf.forward_pass import ForwardPass
 from pikv.routing import use_calibration
 from tiny import build
 
 # Whether forward passes are interrupted, and refusals in the middle of one must leave the cache usable.
-INTERRUPTIONS = False
+INTERRUPTIONS = hasattr(ForwardPass, "undo")
 MAX_COLUMNS = 200
 MAX_BATCH_SIZE = 6
 VOCABULARY = 512  # so many different words that keys of a context do not tie
@@ -259,6 +260,7 @@ class Passes:
 
     def _check_usable(self, may_have_evicted: bool = False) -> None:
         """After a refusal all layers must stand where they stood."""
+        self._settle()
         columns = {layer.get_seq_length() for layer in self.cache.layers}
         if columns != {self.truth.columns} and not INTERRUPTIONS:
             raise UnusableCacheError("a refusal left layers that have seen different numbers of tokens")
@@ -266,6 +268,10 @@ class Passes:
             columns == {self.truth.columns}, f"after a refusal layers have seen {sorted(columns)}, not {self.truth.columns}"
         )
         self.truth.observe(self.cache, may_have_evicted)
+
+    def _settle(self) -> None:
+        """Has what an interrupted pass left taken back, as the next operation would."""
+        self.cache.crop(0)
 
     def _check(self) -> None:
         """What always holds."""

@@ -189,7 +189,8 @@ class Player(Passes):
         else:
             joined, truth = PiKVCache.concat([other, self.cache]), other_truth.joined(self.truth)
         if hasattr(joined, "attention_mask"):
-            require(torch.equal(joined.attention_mask().long(), truth.mask), "attention_mask() is not what was read")
+            counts = joined.attention_mask().sum(1)
+            require(torch.equal(counts, truth.mask.sum(1)), f"attention_mask() has {counts.tolist()} tokens")
         self._replace_cache(joined, truth)
 
     def interrupt(self, rng: Random, columns: int, padding: str, press: int | None, layer: int) -> None:
@@ -211,6 +212,7 @@ class Player(Passes):
             finally:
                 hook.remove()
         may_evict = press is not None or self._is_carried
+        self._settle()
         seen = {layer.get_seq_length() for layer in self.cache.layers}
         whole_or_none = [{self.truth.columns}, {self.truth.columns + columns}]
         require(seen in whole_or_none, f"after an interruption layers have seen {sorted(seen)} columns")
