@@ -84,7 +84,7 @@ class Passes:
         self.moved = 0  # how often the text goes on elsewhere, so that it does not repeat what was taken back
         self.marks: list[tuple[Any, Transcript]] = []
         self.cache = self._new_cache()
-        self.truth = self._new_truth()
+        self.truth = self._new_truth(conversation.batch_size if only is None else 1)
 
     def _build(self, expression: str) -> Any:
         """A press, or None where the expression is refused."""
@@ -99,11 +99,10 @@ class Passes:
             return PiKVCache(self.model.config, press=self.presses[0])
         return PiKVCache(self.model.config)
 
-    def _new_truth(self) -> Transcript:
+    def _new_truth(self, batch_size: int) -> Transcript:
         config = self.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = self.conversation.batch_size if self.only is None else 1
-        return Transcript(size, list(self.cache.ragged_layers), heads)
+        return Transcript(batch_size, list(self.cache.ragged_layers), heads)
 
     def _read(
         self,

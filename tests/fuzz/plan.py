@@ -66,7 +66,9 @@ def plan(seed: int, *, interruptions: bool, pickles: bool, carries: bool) -> Con
     """The conversation of a seed, with what the cache at hand can do."""
     rng = Random(seed)
     presses = tuple(any_press(rng) for _ in range(rng.choice((1, 1, 2, 3))))
-    compares_alone = rng.random() < 0.25 and not any(has_amount_in_bytes(press) for press in presses)
+    # How often a DecodingPress acts is counted for the whole batch, as is an amount in bytes.
+    shared = any(has_amount_in_bytes(press) or "DecodingPress" in press for press in presses)
+    compares_alone = rng.random() < 0.3 and not shared
     batch_size = rng.choice((2, 3)) if compares_alone else rng.choice((1, 1, 2, 3, 4))
     weights = {
         "turn": 30,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from abuses import attempt
 from grammar import moves_keys
-from passes import MAX_BATCH_SIZE, MAX_COLUMNS, Passes, UnusableCacheError, is_clear
+from passes import MAX_BATCH_SIZE, MAX_COLUMNS, Passes, is_clear
 from plan import Conversation, Operation
 from transcript import PropertyError, Transcript, require
 
@@ -126,9 +126,7 @@ class Player(Passes):
 
     def reset(self, rng: Random) -> None:
         self.cache.reset()
-        self.truth = self._new_truth() if len(self.truth.sequences) == self._new_truth().ids.shape[0] else self.truth
-        if self.truth.columns:
-            raise UnusableCacheError("reset to another batch size")
+        self.truth = self._new_truth(len(self.truth.sequences))
         self.marks.clear()
 
     def save_and_load(self, rng: Random) -> None:

@@ -26,6 +26,7 @@ KNOWN = (
     ("Sizes of tensors must match except in dimension 1", "DecodingPress"),
     ("AssertionError: $", "kvzip"),
     ("sequence . alone", "kvzip"),
+    ("after a refusal layers have seen", "kvzip"),  # it refuses after the pass, which is stored by then
 )
 
 
