@@ -5,13 +5,19 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 KVPRESS := .venv-kvpress
 
-.PHONY: compare test test-kvpress models lint types bench gpu docs clean
+.PHONY: compare test test-kvpress fuzz models lint types bench gpu docs clean
 
 compare: $(STAMP)
 	$(BIN)/pikv compare
 
 test: lint types
 	$(BIN)/python -m pytest -n logical
+
+# Random conversations for MINUTES minutes; `make test` has a short run of them.
+MINUTES := 20
+SEED := 0
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/conversations.py --minutes $(MINUTES) --seed $(SEED)
 
 # The README's table of models, from the matrix of tests.
 models: $(STAMP)
