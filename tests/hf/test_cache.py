@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from pikv import PiKVCache
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
-from pikv.hf.attention import Observer, add_observer, remove_observer
+from pikv.hf.hooks import observe
 from pikv.presses import KnormPress, NoCompressionPress, SnapKVPress
 from tiny import batch_of, build
 
@@ -151,12 +151,10 @@ def test_notes_live_as_long_as_the_tokens_they_are_about(llama):
     cache = PiKVCache(llama.config)
     layer = cache.layers[1]
     given = []
-    observer = Observer(notify=lambda call: given.append(call.state))
-    add_observer(llama.model.layers[1].self_attn, observer)
-    llama(batch_of([20])[0], past_key_values=cache)
-    remove_observer(llama.model.layers[1].self_attn, observer)
-    assert given == [{}]
-    assert given[0] is layer.state
+    with observe(llama, after_attention=lambda call: given.append(call.state)):
+        llama(batch_of([20])[0], past_key_values=cache)
+    assert given == [{}, {}, {}]
+    assert given[1] is layer.state
     note = RowState(seen=20)
     layer.state["owner"] = note
     cache.crop(20)

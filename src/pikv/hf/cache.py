@@ -30,14 +30,18 @@ class CacheMark:
 class PiKVCache(Cache):
     """A transformers cache in which every KV head of every sequence has its own length.
 
-    Pass it as ``past_key_values``. Making one directs the model's attention through PiKV's attention function, which leaves
-    every other cache to the implementation that the model had before.
+    Pass it as ``past_key_values``. As long as it lives, the model's attention goes through PiKV's attention function, which
+    leaves every other cache to the implementation that the model had before.
+
+    With a ``press`` it is compressed by that press, in any thread and without a ``with`` block, and by no other one.
 
     Raises:
         ValueError: if the architecture is not supported.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, press: Any = None) -> None:
+        if press is not None and not hasattr(press, "carried_by"):
+            raise ValueError(f"press must be a press, such as SnapKVPress(0.5), not {press!r}")
         config = config.get_text_config(decoder=True)
         self.config = config
         self.ragged_layers = ragged_layers(config)
@@ -51,7 +55,10 @@ class PiKVCache(Cache):
             for index in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers)
-        attach(config)
+        self.press = press
+        attach(config, self)
+        if press is not None:
+            press.carried_by(self)
 
     @classmethod
     def adopt(cls, cache: Cache, config: Any) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from pikv.budget.select import values_of
 from pikv.core import AttentionCall, LayerView
-from pikv.hf.hooks import ForwardInputs, observe
+from pikv.hf.cache import PiKVCache
+from pikv.hf.first_use import when_called
+from pikv.hf.hooks import carry, follow, uncompiled
 from pikv.hf.reread import check_room, read_again
+from pikv.hf.sessions import ForwardInputs, Opener
 from pikv.hf.support import check_supported, ragged_layers
 from pikv.presses.steps import DecodingHistory, LastLength, state_of
 
@@ -23,21 +28,40 @@ if TYPE_CHECKING:
 
 @contextmanager
 def apply(press: BasePress, model: Any) -> Iterator[None]:
-    """Lets ``press`` compress the caches of ``model`` until the block ends."""
-    check_supported(model)  # before a press looks at the model in its own way
-    session = Session(press, model, press.bind(model))
-    with observe(
-        model,
-        before_forward=session.before_forward,
-        after_attention=session.after_attention,
-        after_forward=session.after_forward,
-        wants_logsumexp=any(stage.wants_logsumexp for stage in session.stages),
-    ):
+    """Lets ``press`` compress the caches of ``model`` that the context fills which entered the block, until it ends."""
+    with follow(model, opener_of(press, uncompiled(model))):
         yield
 
 
+def accompany(press: BasePress, cache: PiKVCache) -> None:
+    """Lets ``press`` compress ``cache``, whichever model of its configuration it is used with, for as long as it lives.
+
+    The press is bound to the model at first use.
+    """
+
+    def found(model: Any) -> None:
+        if held := reference():
+            carry(model, held, arrived)
+
+    def arrived(model: Any) -> Opener:
+        stop_waiting()
+        return opener_of(press, model)
+
+    reference = ref(cache)  # what waits for the cache's model must not keep the cache
+    stop_waiting = when_called(cache, cache.config, found)
+
+
+def opener_of(press: BasePress, model: Any) -> Opener:
+    """Binds ``press`` to ``model``; returns what makes a session for a forward pass."""
+    check_supported(model)  # before a press looks at the model in its own way
+    return Session(press, model, press.bind(model)).begin
+
+
 class Session:
-    """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass."""
+    """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass.
+
+    Each forward pass has a session of its own: several threads may take part in one block.
+    """
 
     def __init__(self, press: BasePress, model: Any, stages: Sequence[Stage]) -> None:
         self.press = press
@@ -46,16 +70,23 @@ class Session:
         self.ranks = {layer: rank for rank, layer in enumerate(ragged_layers(model.config))}
         self.num_kept_steps = max((stage.trigger.queries_while_decoding for stage in stages), default=0)
         self.reread = next((stage.reread for stage in stages if stage.reread), None)
+        self.wants_logsumexp = any(stage.wants_logsumexp for stage in stages)
         self.waits = False  # with all decisions, for a second reading
         self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
         self.inputs: ForwardInputs | None = None
 
+    def begin(self, inputs: ForwardInputs) -> Session:
+        """The session of a forward pass that is about to begin."""
+        session = copy(self)
+        session.waiting = {}
+        session.before_forward(inputs)
+        return session
+
     def before_forward(self, inputs: ForwardInputs) -> None:
         """Checks that what is to be done can be done, before anything is computed."""
         self.inputs = inputs
         self.scratch = {stage: {} for stage in self.stages}
-        self.waiting.clear()
         num_tokens = num_seen = inputs.cache.get_seq_length() + inputs.num_new
         for stage in self.stages:
             if stage.trigger.should_act(inputs.num_new, 0):
