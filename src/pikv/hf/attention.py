@@ -55,14 +55,17 @@ class _Attachment:
     """How many need the attention of the model with one configuration to go through PiKV."""
 
     def __init__(self, config: Any) -> None:
-        self.config = weakref.ref(config, lambda _, key=id(config): _attachments.pop(key, None))
+        key = id(config)
+        self.config = weakref.ref(config, lambda gone: _attachments.pop(key, None))
         self.num_holders = 0
 
     def release(self) -> None:
         with _lock:
             self.num_holders -= 1
             config = self.config()
-            current = config._attn_implementation if config is not None and not self.num_holders else None
+            if config is None or self.num_holders:
+                return
+            current = config._attn_implementation
             if current and current.startswith(PREFIX):
                 config._attn_implementation = getattr(current, "original", current.removeprefix(PREFIX))
 
@@ -141,8 +144,8 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         if _layer_of(value) is not layer:
             raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
         _check_arguments(module, layer.columns, kwargs)
-        is_followed = forward_pass is not None and forward_pass.is_followed
-        capture = CaptureLogSumExp() if is_followed and forward_pass.listener.wants_logsumexp else None
+        listener = forward_pass.follower if forward_pass else None
+        capture = CaptureLogSumExp() if listener and listener.wants_logsumexp else None
         weights = None
         if layer.forward_pass.is_first and can_hand_on:
             with capture or nullcontext():
@@ -151,7 +154,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
             output = _by_token(attend_rows(query, layer.rows, params, layer.is_token))
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
                 output = _NoGradients.apply(output, query, key, value)
-        if is_followed:
+        if forward_pass and listener:
             hidden_states, arguments = forward_pass.take_inputs(module)
             forward_pass.tell(
                 AttentionCall(

@@ -23,7 +23,7 @@ class _Guard:
         functools.update_wrapper(self, model.generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model()
+        model: Any = self.model()
         generate = self.own or functools.partial(type(model).generate, model)
         given = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments
         further = {**kwargs, **given}

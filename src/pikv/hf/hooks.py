@@ -204,12 +204,12 @@ class ModelHooks:
             attention_mask=given.get("attention_mask"),
         )
         if block is None or (carries and block.gives_way):
-            block, opener = None, self._opener_of(cache)
+            block, opener = None, lambda inputs: self._opener_of(inputs.cache)(inputs)
         else:
             assert block.opener is not None
             opener = block.opener
         forward_pass.block, forward_pass.inputs = block, inputs
-        forward_pass.listener = opener(inputs)
+        forward_pass.listen(opener)
         return (), {**given, "past_key_values": cache}
 
     def _opener_of(self, cache: PiKVCache) -> Opener:
@@ -222,13 +222,12 @@ class ModelHooks:
     def leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward_pass = end_pass(self.modules)
         is_complete = output is not None
-        if is_complete and forward_pass and forward_pass.is_followed:
-            assert forward_pass.listener is not None and forward_pass.inputs is not None
-            forward_pass.listener.after_forward(forward_pass.inputs)
+        if is_complete and forward_pass and forward_pass.inputs and (listener := forward_pass.follower):
+            listener.after_forward(forward_pass.inputs)
 
     def enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         forward_pass = current_pass(module)
-        if forward_pass and forward_pass.is_followed and kwargs is not None:
+        if forward_pass and forward_pass.follower and kwargs is not None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             # Without the cache: what is kept of a call must not keep the cache alive.
             arguments = {name: value for name, value in kwargs.items() if not name.startswith("past_key_value")}
@@ -266,8 +265,8 @@ def _warn_of_threads(modules: WeakSet[nn.Module], cache: Any) -> None:
         if not block.has_warned and threading.get_ident() not in block.threads:
             block.has_warned = True
             warnings.warn(
-                "this thread reads with the full cache: it began inside of `with press(model):`, which holds for the thread that "
-                "entered it; start it with contextvars.copy_context().run, or give it a PiKVCache(model.config, press=press)",
+                "this thread reads with the full cache: it began inside of `with press(model):`, which holds for the thread "
+                "that entered it; start it with contextvars.copy_context().run, or give it a cache that carries its press",
                 stacklevel=2,
             )
 

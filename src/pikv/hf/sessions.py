@@ -7,7 +7,8 @@ one along.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,8 +94,9 @@ class Pass:
     is_telling: bool = False
 
     @property
-    def is_followed(self) -> bool:
-        return self.listener is not None and (self.block is None or self.block.is_open)
+    def follower(self) -> Listener | None:
+        """The listener, unless its block was left meanwhile."""
+        return self.listener if self.block is None or self.block.is_open else None
 
     def take_inputs(self, module: nn.Module) -> tuple[Tensor, Mapping[str, Any]]:
         """The hidden states and further arguments that ``module`` was called with."""
@@ -103,12 +105,23 @@ class Pass:
         self.module_inputs = None
         return hidden_states, arguments
 
+    def listen(self, opener: Opener) -> None:
+        """Asks for the listener, which may call the model itself to get ready."""
+        assert self.inputs is not None
+        with self._telling():
+            self.listener = opener(self.inputs)
+
     def tell(self, call: AttentionCall) -> None:
         """Hands an attention call on to the listener."""
         assert self.listener is not None
+        with self._telling():
+            self.listener.after_attention(call)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
         self.is_telling = True
         try:
-            self.listener.after_attention(call)
+            yield
         finally:
             self.is_telling = False
 
