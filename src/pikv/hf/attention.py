@@ -24,7 +24,7 @@ from pikv.attention.decode import attend_rows
 from pikv.attention.eager import attend_eagerly
 from pikv.attention.params import AttentionParams
 from pikv.core import AttentionCall
-from pikv.hf.sessions import current_pass, is_in_block
+from pikv.hf.sessions import current_pass, is_followed, is_in_block
 
 PREFIX = "pikv_"
 # What changes the result of attention and is not understood here; None or False means that it is not in use.
@@ -34,6 +34,10 @@ _PLAIN_ONLY = ("sdpa",)
 _UNFOLLOWED = (
     "a press is applied to this model, but the forward pass went around PiKV's hooks, as a part that was compiled on its own "
     "does; compile the whole model, or none of it"
+)
+_WITHOUT_PRESS = (
+    "this cache carries a press, and this model is not the one that it was used with first, or its decoder was called before "
+    "the language model was: call the language model with a new cache"
 )
 
 
@@ -209,6 +213,8 @@ def _mask_function(previous: str) -> Callable[..., Any]:
     def pikv_mask(**kwargs: Any) -> Any:
         forward_pass = getattr(kwargs["kv_length"], "forward_pass", None)
         if forward_pass is not None:
+            if forward_pass.has_press and not is_followed(forward_pass):
+                raise RuntimeError(_WITHOUT_PRESS)
             forward_pass.begin(kwargs.get("attention_mask"))
             if not forward_pass.is_first:
                 return None  # rows know their own order; a [T, seen] mask would only cost memory

@@ -58,6 +58,7 @@ class PiKVCache(Cache):
         self.press = press
         attach(config, self)
         if press is not None:
+            self.forward_pass.has_press = True
             press.carried_by(self)
 
     @classmethod

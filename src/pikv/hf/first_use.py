@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,11 +13,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 _lock = threading.RLock()  # a cache may be collected at any moment
-_waiting: WeakKeyDictionary[Any, tuple[Any, Callable[[Any], None]]] = WeakKeyDictionary()
+_waiting: dict[int, tuple[Any, Callable[[Any], None]]] = {}  # by id of the cache
 _handle: Any = None
 
 
-def when_called(cache: Any, config: Any, found: Callable[[Any], None]) -> Callable[[], None]:
+def when_called(cache: Any, config: Any, found: Callable[[Any], None]) -> Callable[[], Any]:
     """Calls ``found`` with every language model of this very configuration that is called, before it computes anything.
 
     It ends when the function that is returned is called, or the cache is gone. Until then every module of every model in the
@@ -26,19 +25,18 @@ def when_called(cache: Any, config: Any, found: Callable[[Any], None]) -> Callab
     """
     global _handle
     with _lock:
-        _waiting[cache] = config, found
+        _waiting[id(cache)] = config, found
         if _handle is None:
             _handle = register_module_forward_pre_hook(torch.compiler.disable(_look))
-    reference = weakref.ref(cache)
-    weakref.finalize(cache, _stop_waiting).atexit = False
-    return lambda: _stop_waiting(reference())
+    finalizer = weakref.finalize(cache, _stop_waiting, id(cache))
+    finalizer.atexit = False
+    return finalizer
 
 
-def _stop_waiting(cache: Any = None) -> None:
+def _stop_waiting(key: int) -> None:
     global _handle
     with _lock:
-        if cache is not None:
-            _waiting.pop(cache, None)
+        _waiting.pop(key, None)
         if not _waiting and _handle is not None:
             _handle.remove()
             _handle = None

@@ -10,6 +10,7 @@ class ForwardPass:
         self.serial = 0  # forward passes begun
         self.num_new = 0  # columns of the input, padding included
         self.columns = 0  # seen before, padding included
+        self.has_press = False  # the cache carries one, and no pass may go around it
         self.is_token: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
 
     @property

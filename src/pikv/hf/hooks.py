@@ -182,7 +182,7 @@ class ModelHooks:
             _warn_of_threads(self.modules, cache)
             return None
         use_cache = given.get("use_cache")
-        if use_cache is False or (use_cache is None and not getattr(self.config, "use_cache", True)):
+        if cache is None and (use_cache is False or (use_cache is None and not getattr(self.config, "use_cache", True))):
             return (), given
         if cache is None:
             cache = PiKVCache(self.config)

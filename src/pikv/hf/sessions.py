@@ -19,6 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pikv.core import AttentionCall
     from pikv.hf.cache import PiKVCache
+    from pikv.hf.forward_pass import ForwardPass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,6 +174,12 @@ def current_pass(module: nn.Module) -> Pass | None:
     """The forward pass at hand, if it goes through this attention module."""
     passes = _passes.get()
     return passes[-1] if passes and module in passes[-1].modules else None
+
+
+def is_followed(forward_pass: ForwardPass) -> bool:
+    """Whether somebody follows this forward pass of a cache."""
+    passes = _passes.get()
+    return bool(passes) and passes[-1].inputs is not None and passes[-1].inputs.cache.forward_pass is forward_pass
 
 
 def is_in_block(module: nn.Module) -> bool:
