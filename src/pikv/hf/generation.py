@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import weakref
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
+
+from pikv.hf.stand_in import StandIn
 
 _TAKES_BACK = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # settings that ask for assisted generation
 
 
-class _Guard:
-    """Stands in for ``model.generate``; copies and pickles of the model have their own ``generate`` in its place."""
+class _Guard(StandIn):
+    """``model.generate`` that refuses what a press cannot do."""
 
     def __init__(self, model: Any, is_followed: Callable[[Any], bool]) -> None:
-        self.model = weakref.ref(model)
-        self.own = vars(model).get("generate")  # where somebody put something in its place before
+        super().__init__(model, "generate")
         self.is_followed = is_followed
         self.num_holders = 0
-        functools.update_wrapper(self, model.generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model()
-        generate = self.own or functools.partial(type(model).generate, model)
+        model: Any = self.module()
         given = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments
         further = {**kwargs, **given}
         assistant = vars(further["assistant_model"]).get("generate") if further.get("assistant_model") is not None else None
@@ -32,10 +28,7 @@ class _Guard:
             raise ValueError(_ON_ASSISTANT)
         if self.is_followed(further.get("past_key_values")):
             _check(model, further)
-        return generate(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return (itemgetter(0), ((self.own,),)) if self.own else (getattr, (self.model(), "generate"))
+        return super().__call__(*args, **kwargs)
 
 
 _ON_ASSISTANT = "assisted generation takes tokens back from the assistant's cache, so no press can be applied to the assistant"
@@ -65,18 +58,16 @@ def guard(model: Any, is_followed: Callable[[Any], bool]) -> None:
     """Has ``model.generate`` refuse what a press cannot do, where ``is_followed`` says that one is at work on a cache."""
     if getattr(model, "generate", None) is None:
         return
-    if not isinstance(vars(model).get("generate"), _Guard):
-        model.generate = _Guard(model, is_followed)
-    model.generate.num_holders += 1
+    guarding = vars(model).get("generate")
+    if not isinstance(guarding, _Guard):
+        guarding = _Guard(model, is_followed)
+    guarding.num_holders += 1
 
 
 def unguard(model: Any) -> None:
     """Takes back one ``guard``."""
     guarding = vars(model).get("generate")
-    if not isinstance(guarding, _Guard):
-        return
-    guarding.num_holders -= 1
-    if guarding.num_holders == 0:
-        del model.generate
-        if guarding.own is not None:
-            model.generate = guarding.own
+    if isinstance(guarding, _Guard):
+        guarding.num_holders -= 1
+        if guarding.num_holders == 0:
+            guarding.remove()

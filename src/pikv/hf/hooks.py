@@ -32,6 +32,7 @@ from pikv.hf.sessions import (
     innermost_block,
     leave_block,
 )
+from pikv.hf.stand_in import Uncompiled
 from pikv.hf.support import attention_modules, check_supported
 
 __all__ = ["ForwardInputs", "carry", "follow", "observe"]
@@ -152,6 +153,7 @@ class ModelHooks:
             decoder.register_forward_pre_hook(before, with_kwargs=True),
             decoder.register_forward_hook(after, always_call=True),
             *(module.register_forward_pre_hook(inside, with_kwargs=True) for module in self.modules),
+            Uncompiled(decoder),  # what a cache hands from call to call is nothing that compiled code can follow
         ]
 
     def release(self, model: Any) -> None:
