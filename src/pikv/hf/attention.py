@@ -151,6 +151,8 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         listener = forward_pass.follower if forward_pass else None
         capture = CaptureLogSumExp() if listener and listener.wants_logsumexp else None
         weights = None
+        if not layer.forward_pass.is_first:
+            _check_outputs(previous, kwargs)
         if layer.forward_pass.is_first and can_hand_on:
             with capture or nullcontext():
                 output, weights = hand_on()
@@ -204,6 +206,14 @@ def _check_arguments(module: nn.Module, num_columns: int, kwargs: dict[str, Any]
         raise ValueError(f"{num_columns} tokens are more than the model is made for: its window of {window} begins to slide")
 
 
+def _check_outputs(previous: str, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where a caller waits for attention weights: rows of different lengths have no matrix of them."""
+    collected = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    wanted = kwargs.get("output_attentions") or "attentions" in ((collected and collected.get()) or ())
+    if previous == "eager" and wanted:  # others leave them out everywhere
+        raise ValueError("output_attentions=True gives weights for the first forward pass on a PiKVCache only")
+
+
 def _by_token(attended: Tensor) -> Tensor:
     """``[B, H, T, D]`` as transformers expects it, ``[B, T, H, D]``."""
     return attended.transpose(1, 2).contiguous()
@@ -217,6 +227,7 @@ def _mask_function(previous: str) -> Callable[..., Any]:
                 raise RuntimeError(_WITHOUT_PRESS)
             forward_pass.begin(kwargs.get("attention_mask"))
             if not forward_pass.is_first:
+                _check_outputs(previous, kwargs)
                 return None  # rows know their own order; a [T, seen] mask would only cost memory
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
 

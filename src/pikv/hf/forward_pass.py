@@ -1,5 +1,6 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,8 @@ class ForwardPass:
 
     def expect(self, num_new: int, columns: int) -> None:
         """Notes that a forward pass of ``num_new`` columns is about to begin, after ``columns`` that a layer has seen."""
+        if torch.compiler.is_compiling():  # torch then runs the model's forward eagerly, unless it was to be one whole graph
+            raise RuntimeError("compiled code cannot follow a PiKVCache: let torch.compile break its graph here")
         self.num_new = num_new
         self.columns = columns
 
