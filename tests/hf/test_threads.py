@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import functools
 import sys
 import threading
 import warnings
@@ -111,8 +112,8 @@ def test_threads_may_share_one_block(llama, switching):
         for _ in range(2):
             jobs = []
             for seed in range(6):
-                job = lambda seed=seed: conversation(llama, PiKVCache(llama.config), seed)  # noqa: E731
-                jobs.append(lambda job=job, context=contextvars.copy_context(): context.run(job))
+                cache, context = PiKVCache(llama.config), contextvars.copy_context()
+                jobs.append(functools.partial(context.run, conversation, llama, cache, seed))
             for found, expected in zip(in_threads(jobs), alone, strict=True):
                 assert_same(found, expected)
 
