@@ -23,7 +23,7 @@ from pikv import PiKVCache
 from pikv.presses import BasePress, MoERouterPress, NoCompressionPress
 from pikv.routing import MoERouter, calibrate, use_calibration
 from pikv.routing.factory import ROUTERS
-from pikv.routing.votes import RoutedVotesScorer
+from pikv.routing.scorer import RoutedVotesScorer
 
 PARTS = {
     "routing": (MoERouter, "route"),

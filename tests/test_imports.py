@@ -11,6 +11,7 @@ ROOT = Path(pikv.__file__).parent
 # from the bottom up; a room imports itself and what stands before it
 ROOMS = [
     "names",
+    "registry",
     "tasks",
     "cache",
     "attention",
@@ -19,8 +20,8 @@ ROOMS = [
     "scoring",
     "budget",
     "scheduling",
-    "calibration",
     "routing",
+    "calibration",
     "presses",
     "models",
     "experiments",
@@ -76,4 +77,13 @@ def test_importing_changes_nothing():
 
 def test_the_command_line_starts_without_torch():
     code = "import sys, pikv.cli.main; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_routers_know_nothing_of_calibration():
+    """Not even late: names of calibration that ``pikv.routing`` passes on are looked up when they are asked for."""
+    code = (
+        "import sys, pikv.routing, pikv.routing.scorer; assert not [m for m in sys.modules if m.startswith('pikv.calibration')];"
+        "from pikv.routing import Calibration, calibrate, calibration_of, use_calibration; assert 'pikv.calibration.files' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_cli import pikv
 
+from pikv.calibration.files import FILE_NAME
+from pikv.calibration.training import Trainer
 from pikv.cli.main import main
 from pikv.routing import Calibration, calibration_of
-from pikv.routing.calibration import FILE_NAME
-from pikv.routing.training import Trainer
 from tiny import build
 
 QUICK = ["--context-length", "64", "--steps", "2", "--routers", "eplb,pikv"]
@@ -48,7 +48,7 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     loaded = type(model).from_pretrained(folder)
     calibration = calibration_of(loaded)
     assert calibration.experts == ("aggressive", "moderate")
-    assert list(calibration.panels) == ["eplb", "pikv"]
+    assert list(calibration.mixers) == ["eplb", "pikv"]
     assert {name: calibration.settings[name] for name in ("num_steps", "top_k")} == {"num_steps": 2, "top_k": 1}
     written = (folder / FILE_NAME).read_bytes()
     again = pikv(*arguments, cwd=tmp_path)
@@ -63,8 +63,8 @@ def test_texts_are_learned_from(command, tmp_path, demo, capsys):
     texts = [argument for number in range(5) for argument in ("--texts", f"{number}.txt")]
     assert command(*texts, "--context-length", 128, "--steps", 1, "--routers", "base", "--out", "a/b") == 0
     calibration = Calibration.load(tmp_path / "a" / "b" / FILE_NAME, demo[0])
-    assert calibration.settings["lessons"] == "5 texts or tasks"
-    assert list(calibration.panels) == ["base"]
+    assert calibration.settings["samples"] == "5 texts or tasks"
+    assert list(calibration.mixers) == ["base"]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [FILE_NAME]
 
 
@@ -75,7 +75,7 @@ def test_texts_are_learned_from(command, tmp_path, demo, capsys):
         (["--texts", "missing.txt"], "cannot read the text missing.txt"),
         (["--texts", "."], "cannot read the text ."),
         (["--texts", "binary"], "cannot read the text binary"),
-        (["--texts", "short.txt"], "too little to learn from: 1 texts or tasks make 0 lessons"),
+        (["--texts", "short.txt"], "too little to learn from: 1 texts or tasks make 0 samples"),
         (["--context-length", "10"], "contexts of 10 tokens are too short to learn from"),
         (["--context-length", "40000"], "exceed the model's 32768 positions"),
         (["--steps", "0"], "at least 1 step, not 0"),
@@ -107,7 +107,7 @@ def test_what_is_there_is_never_overwritten(command, tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pikv.routing.training._CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("pikv.calibration.training._CHECKPOINT_EVERY", 1)
     original, taken = Trainer.take_step, []
 
     def failing(self):
@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on(command, tmp_path, monkeypatch, capsys):
     settings[-1] = "at once"
     assert command(*settings, "--steps", 4) == 0
     at_once = Calibration.load(tmp_path / "at once" / FILE_NAME)
-    for one, two in zip(resumed.panels["base"], at_once.panels["base"], strict=True):
+    for one, two in zip(resumed.mixers["base"], at_once.mixers["base"], strict=True):
         assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert torch.equal(resumed.profiles, at_once.profiles)
 

@@ -24,9 +24,10 @@ from pikv.presses import (
     SnapKVPress,
 )
 from pikv.routing import Calibration
+from pikv.routing.experts import EXPERTS, RetentionExpert
+from pikv.routing.experts.ends import EndsExpert
 from pikv.routing.factory import ROUTERS
-from pikv.routing.panel import mixture_of
-from pikv.scoring.experts import EXPERTS, EndsExpert, FunctionExpert
+from pikv.routing.mixer import expert_weights
 from pikv.scoring.position import ends_first
 from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of
@@ -96,13 +97,13 @@ def test_a_trained_router_decides_which_expert_is_listened_to(llama):
     assert stats["layer_stats"][0]["router_stats"]["expert_usage_ratios"] == [0.5, 0.5]
     assert stats["total_aux_loss"] > 0
     hidden = llama.model.layers[0].input_layernorm(llama.model.embed_tokens(batch_of([60])[0]))
-    panel = calibration.build(llama, "eplb", 1)[0]
-    mixture = mixture_of(panel.router.route(hidden))[0]
+    mixer = calibration.build(llama, "eplb", 1)[0]
+    mixture = expert_weights(mixer.router.route(hidden))[0]
     assert mixture.count_nonzero(dim=1).tolist() == [1] * 60
     place = torch.arange(60) / 59
     votes = torch.stack([1 - place, place], dim=1)
     for head in range(4):
-        scores = (mixture * (panel.level[head] + panel.trust[head] * votes)).sum(1)
+        scores = (mixture * (mixer.bias[head] + mixer.weight[head] * votes)).sum(1)
         is_kept = torch.zeros(60, dtype=torch.bool)
         is_kept[cache.positions(0)[0][head]] = True
         assert is_kept.sum() == 30
@@ -273,7 +274,7 @@ def test_calibrating_goes_by_the_options_of_the_press(llama):
     press = MoERouterPress(0.5, experts=experts, **options)
     calibration = press.calibrate(llama, num_tokens=64, num_steps=1)
     assert calibration.experts == ("mine", "selective")
-    assert list(calibration.panels) == ["pikv"]
+    assert list(calibration.mixers) == ["pikv"]
     expected = dict(top_k=1, capacity_factor=2.0, dropout=0.0, aux_loss_weight=0.5, num_steps=1, num_tokens=64)
     assert {name: calibration.settings[name] for name in expected} == expected
     assert calibration.options == {"pikv": {"cache_aware": False}}
@@ -377,15 +378,15 @@ def test_strategies_of_ones_own(llama):
     assert {strategy for strategy, _, _ in press.asked} == set(press.expert_strategies.values())
     assert all(shape == (4, 1, 60, 16) and probs.tolist() == [0.25] * 4 for _, shape, probs in press.asked)
 
-    def every_third(view):
-        return (view.kept.positions % 3 == 0).float()
+    class Thirds(RetentionExpert):
+        def preference(self, view):
+            return (view.kept.positions % 3 == 0).float()
 
-    class Thirds(FunctionExpert):
-        def votes(self, view):
+        def rank_scores(self, view):
             return self.preference(view)
 
     known = {name: EXPERTS[name]() for name in ("ultra_aggressive", "semantic_aware", "temporal_aware")}
-    expected = MoERouterPress(0.5, experts={**known, "every_third": Thirds(every_third)})
+    expected = MoERouterPress(0.5, experts={**known, "every_third": Thirds()})
     assert kept(cache) == kept(run(llama, expected))
     evicted = [set(range(4, 44)) - set(row) for row in kept(cache)]
     assert sum(position % 3 == 0 for row in evicted for position in row) < sum(map(len, evicted)) / 3
@@ -425,18 +426,18 @@ def test_a_strategy_nobody_knows_keeps_what_the_subclass_keeps(llama):
 
 
 def test_scores_are_what_it_keeps_by(llama):
-    """Votes, weighed by the panel, with the ends first: computed from the view alone."""
+    """Votes, weighed by the mixer, with the ends first: computed from the view alone."""
     press = MoERouterPress(0.7, router_type="hierarchical", calibration=random_calibration(llama), head_budgets=False)
     cache = run(llama, press)
-    panels, views = random_calibration(llama).build(llama, "hierarchical", 2), {}
+    mixers, views = random_calibration(llama).build(llama, "hierarchical", 2), {}
 
     def look(call):
         layer = call.layer_idx
         views[layer] = LayerView.of(replace(call, state={}), rank=layer, num_layers=3)
         view = views[layer]
-        mixture = mixture_of(panels[layer].router.route(view.hidden_states))
-        votes = torch.stack([expert.votes(view) for expert in press.experts.values()], dim=-1)
-        best = ends_first(view, panels[layer](mixture, votes), 4, 16).topk(18, dim=2).indices.sort(dim=2).values
+        mixture = expert_weights(mixers[layer].router.route(view.hidden_states))
+        votes = torch.stack([expert.rank_scores(view) for expert in press.experts.values()], dim=-1)
+        best = ends_first(view, mixers[layer](mixture, votes), 4, 16).topk(18, dim=2).indices.sort(dim=2).values
         assert best[0].tolist() == [row.tolist() for row in cache.positions(layer)[0]]
 
     with torch.no_grad(), observe(llama, after_attention=look):

@@ -3,7 +3,8 @@
 import torch
 from views import HEADS, KV_HEADS, attention_of, ragged_view, rows_of
 
-from pikv.scoring.experts import EndsExpert, default_experts
+from pikv.routing.experts import default_experts
+from pikv.routing.experts.ends import EndsExpert
 from pikv.scoring.key_norm import KeyNormScorer
 from pikv.scoring.observed import ObservedAttentionScorer
 from pikv.scoring.position import PositionScorer

@@ -12,7 +12,6 @@ from torch import Tensor
 from pikv.calibration.heads import head_shape
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
-from pikv.hf.files import write_whole
 from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
 from pikv.hf.tokenizer import tokenizer_of
@@ -74,14 +73,8 @@ def _principal_directions(model: Any, samples: list[list[int]]) -> Tensor:
     return torch.where(towards < 0, -directions, directions).float()
 
 
-def save_query_filters(path: str | Path, filters: Tensor, config: Any) -> None:
-    """Writes filters ``[num_layers, G, D]`` with the kind of model they belong to; whole, or not at all."""
-    metadata = {"model_type": config.get_text_config(decoder=True).model_type}
-    write_whole(Path(path), {"query_filters": filters.contiguous()}, metadata)
-
-
 def load_query_filters(path: str | Path, config: Any) -> Tensor:
-    """Reads filters from a ``.safetensors`` file of ours.
+    """Reads filters from a ``.safetensors`` file with a tensor ``query_filters``.
 
     Raises:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.

@@ -14,7 +14,7 @@ from rich.table import Table
 from pikv.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from pikv.routing.calibration import Calibration
+    from pikv.calibration.files import Calibration
 
 
 def calibrate_command(
@@ -54,10 +54,10 @@ def calibrate_command(
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from pikv.calibration.calibrate import calibrate
+    from pikv.calibration.files import FILE_NAME
     from pikv.models.loading import load_model
-    from pikv.routing.calibrate import calibrate
-    from pikv.routing.calibration import FILE_NAME
-    from pikv.scoring.experts import default_experts
+    from pikv.routing.experts import default_experts
 
     path = out / FILE_NAME
     if path.exists():

@@ -9,7 +9,7 @@ from pikv.experiments.methods import FULL, Method
 from pikv.experiments.studies.data import Data
 from pikv.experiments.studies.expectations import Expectation
 from pikv.presses.base import BasePress, NoCompressionPress
-from pikv.scoring.experts import EXPERTS
+from pikv.routing.experts import EXPERTS
 
 
 @dataclass(frozen=True, kw_only=True)
