@@ -83,7 +83,7 @@ def test_the_command_line_starts_without_torch():
 def test_routers_know_nothing_of_calibration():
     """Not even late: names of calibration that ``pikv.routing`` passes on are looked up when they are asked for."""
     code = (
-        "import sys, pikv.routing, pikv.routing.scorer; assert not [m for m in sys.modules if m.startswith('pikv.calibration')];"
-        "from pikv.routing import Calibration, calibrate, calibration_of, use_calibration; assert 'pikv.calibration.files' in sys.modules"
+        "import sys, pikv.routing.scorer; assert not [name for name in sys.modules if name.startswith('pikv.calibration')];"
+        "from pikv.routing import Calibration, calibrate, calibration_of, use_calibration"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

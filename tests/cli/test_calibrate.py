@@ -1,5 +1,6 @@
 """``pikv calibrate`` as users run it."""
 
+import resource
 import sys
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 from test_cli import pikv
 
 from pikv.calibration.files import FILE_NAME
+from pikv.calibration.samples import default_num_tokens
 from pikv.calibration.training import Trainer
 from pikv.cli.main import main
 from pikv.routing import Calibration, calibration_of
@@ -133,6 +135,69 @@ def test_an_interrupted_run_goes_on(command, tmp_path, monkeypatch, capsys):
     for one, two in zip(resumed.mixers["base"], at_once.mixers["base"], strict=True):
         assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert torch.equal(resumed.profiles, at_once.profiles)
+
+
+def test_lengths_follow_the_positions_of_the_model(command, tmp_path):
+    """A GPT-2 of 1,024 positions is calibrated without options; OPT's 2,048 leave room for the usual length."""
+    build("gpt2", n_positions=1024, vocab_size=97, n_layer=1).save_pretrained(tmp_path / "model")
+    assert command("--model", "model", "--steps", 1, "--routers", "base", "--out", "results") == 0
+    assert Calibration.load(tmp_path / "results" / FILE_NAME).settings["num_tokens"] == 512
+    for positions, expected in ((2048, 1024), (32768, 1024), (1024, 512), (200, 100)):
+        assert default_num_tokens(build("gpt2", n_positions=positions)) == expected
+
+
+def test_a_single_expert_needs_no_further_option(command, tmp_path):
+    quick = ["--context-length", 64, "--steps", 1]
+    assert command(*quick, "--num-experts", 1, "--out", "results") == 0
+    calibration = Calibration.load(tmp_path / "results" / FILE_NAME)
+    assert (calibration.settings["top_k"], calibration.experts) == (1, ("aggressive",))
+
+
+def test_what_was_trained_survives_where_it_cannot_be_saved(command, tmp_path, monkeypatch, capsys):
+    """Something else takes the place of the file while training is under way."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    original = Trainer.take_step
+
+    def disturbed(self):
+        (tmp_path / "results" / FILE_NAME).mkdir(exist_ok=True)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "take_step", disturbed)
+    assert command(*QUICK, "--out", "results") == 2
+    said = capsys.readouterr()
+    assert "50% removed" in said.out  # the results are shown all the same
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    (rescued,) = (tmp_path / "temporary").glob("*/*")
+    assert line.endswith(f"the calibration is saved as {rescued}")
+    assert list(Calibration.load(rescued).mixers) == ["eplb", "pikv"]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [FILE_NAME]
+
+
+def test_where_no_file_can_grow_training_goes_on_and_nothing_strays(command, tmp_path, monkeypatch, capsys):
+    """Under a limit for the size of files, writing fails as it does on a full disk."""
+    monkeypatch.setattr("pikv.calibration.training._CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    original, limits = Trainer.take_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        original(self)
+
+    monkeypatch.setattr(Trainer, "take_step", limited)
+    try:
+        status = command(*QUICK, "--out", "results")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    said = capsys.readouterr()
+    assert "50% removed" in said.out
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "nor can it be saved elsewhere" in errors[0]
+    assert said.err.count("training goes on without") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_help(command, capsys):

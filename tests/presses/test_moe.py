@@ -113,7 +113,8 @@ def test_a_trained_router_decides_which_expert_is_listened_to(llama):
 @uncalibrated
 @pytest.mark.parametrize("num_experts", [1, 2, 8])
 def test_as_many_experts_as_wanted(llama, num_experts):
-    press = MoERouterPress(0.5, num_experts=num_experts, top_k=1)
+    press = MoERouterPress(0.5, num_experts=num_experts)
+    assert press.top_k == min(2, num_experts)
     assert list(press.experts) == list(EXPERTS)[:num_experts]
     run(llama, press)
     usage = press.get_stats()["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
@@ -128,7 +129,7 @@ def test_as_many_experts_as_wanted(llama, num_experts):
         (dict(num_experts=0), "num_experts must lie between 1 and 8"),
         (dict(num_experts=3, experts={"first": EndsExpert(1.0, 1.0)}), "num_experts is 3, but there are 1 retention experts"),
         (dict(top_k=5), "top_k must lie between 1 and num_experts=4"),
-        (dict(num_experts=1), "top_k must lie between 1 and num_experts=1"),
+        (dict(num_experts=1, top_k=2), "top_k must lie between 1 and num_experts=1, not 2"),
         (dict(capacity_factor=0.0), "capacity_factor must be above 0"),
         (dict(dropout=1.0), "dropout must lie in"),
         (dict(sink_size=-1), "at least 0"),
@@ -245,6 +246,40 @@ def test_statistics_go_on_when_strategies_are_changed(llama):
     assert len(before["layer_stats"][0]["expert_compression_stats"]["expert_usage"]) == 4
     run(llama, press)
     assert press.get_stats()["layer_stats"][0]["expert_compression_stats"]["expert_usage"]["adaptive"] == 0.2
+
+
+def test_a_batch_counts_as_one_pass(llama):
+    """Losses are means over sequences: three equal ones count as one alone does."""
+
+    def stats_of(batch_size):
+        press = MoERouterPress(0.5, router_type="topk_balanced", calibration=random_calibration(llama))
+        ids = batch_of([40])[0].expand(batch_size, -1)
+        for _ in range(2):
+            with press(llama), torch.no_grad():
+                llama(ids, past_key_values=PiKVCache(llama.config))
+        return press.get_stats()
+
+    alone, together = stats_of(1), stats_of(3)
+    assert alone["forward_count"] == together["forward_count"] == 2
+    assert alone["total_aux_loss"] == pytest.approx(together["total_aux_loss"], rel=1e-5)
+    assert alone["avg_aux_loss"] == pytest.approx(alone["total_aux_loss"] / 6)  # three layers, two passes
+    assert together["avg_aux_loss"] == pytest.approx(alone["avg_aux_loss"], rel=1e-5)
+    for layer in range(3):
+        one, three = (stats["layer_stats"][layer]["router_stats"] for stats in (alone, together))
+        assert one["forward_count"] == three["forward_count"] == 2
+        assert three["num_tokens"] == 3 * one["num_tokens"] == 240
+        assert one["avg_aux_loss"] == pytest.approx(three["avg_aux_loss"], rel=1e-5)
+        assert one["loss_terms"] == pytest.approx(three["loss_terms"], rel=1e-5)
+
+
+def test_how_to_calibrate_is_said(llama):
+    experts = {"mine": EndsExpert(0.5, 0.5), "selective": EXPERTS["selective"]()}
+    for options, message in (
+        (dict(num_experts=8), r"evenly; press.calibrate\(model\) or `pikv calibrate --num-experts 8` trains it"),
+        (dict(experts=experts), r"evenly; press.calibrate\(model\) trains it"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            run(llama, MoERouterPress(0.5, **options))
 
 
 def test_calibrating_makes_it_calibrated(llama):

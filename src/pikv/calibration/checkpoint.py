@@ -1,12 +1,10 @@
 """Checkpoints of an unfinished training: one file, written whole or not at all."""
 
-import os
 import warnings
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._part = path.with_name(f"{path.name}.writing")
         self._has_warned = False
 
     def read(self) -> Any:
@@ -49,12 +48,16 @@ class Checkpoint:
         content = BytesIO()
         torch.save(state, content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(prefix=f"{self.path.name}-", dir=self.path.parent, delete=False) as part:
-            try:
-                part.write(content.getbuffer())
-                part.flush()
-                os.replace(part.name, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(part.name)
-                raise
+        try:
+            self._part.write_bytes(content.getbuffer())
+            self._part.replace(self.path)
+        except BaseException:
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
+            raise
+
+    def remove(self) -> None:
+        """Removes the file, if that is possible, and what a process that was killed left of one."""
+        for path in (self.path, self._part):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)

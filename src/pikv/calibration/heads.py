@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
-from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
 
 _NUM_SAMPLES = 3
@@ -46,7 +46,7 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     known = _found.setdefault(model, {}) if tokenizer is None else {}
     if seed in known:
         return known[seed]
-    texts = tokenizer or tokenizer_of(model)
+    texts = usable_tokenizer(model, tokenizer)
     texts = texts if getattr(texts, "is_fast", False) else None  # others do not know which characters a token stands for
     rng = random.Random(seed)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST

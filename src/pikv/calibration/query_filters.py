@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pikv.calibration.heads import head_shape
+from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
-from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
 
 _NUM_SAMPLES = 3
@@ -35,7 +35,7 @@ def find_query_filters(model: Any, tokenizer: Any = None, *, seed: int = 0) -> T
     """
     known = _found.setdefault(model, {}) if tokenizer is None else {}
     if seed not in known:
-        texts = tokenizer or tokenizer_of(model)
+        texts = usable_tokenizer(model, tokenizer)
         rng = random.Random(seed)
         known[seed] = _principal_directions(model, [_sample(rng, model, texts) for _ in range(_NUM_SAMPLES)])
     return known[seed]

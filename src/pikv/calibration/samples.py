@@ -50,6 +50,15 @@ def default_num_tokens(model: Any) -> int:
     return DEFAULT_NUM_TOKENS if limit is None else min(DEFAULT_NUM_TOKENS, limit // 2)
 
 
+def usable_tokenizer(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer that is given, or the one beside the model; None if there is none, or it knows no words.
+
+    For a folder without a tokenizer some releases of transformers make an empty one.
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    return tokenizer if tokenizer is not None and len(tokenizer("a text")["input_ids"]) else None
+
+
 def make_samples(
     model: Any, texts_or_tasks: Sequence[str | TokenizedSample] | None, tokenizer: Any, *, num_tokens: int, seed: int
 ) -> CalibrationSamples:
@@ -69,7 +78,7 @@ def make_samples(
             f"contexts of {num_tokens} tokens and as much after them exceed the model's {limit} positions; "
             f"{limit // 2} tokens are the most"
         )
-    tokenizer = tokenizer or tokenizer_of(model)
+    tokenizer = usable_tokenizer(model, tokenizer)
     if texts_or_tasks is None:
 
         def synthetic(index: int, part: str) -> CalibrationSample:

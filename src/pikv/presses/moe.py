@@ -156,8 +156,8 @@ class MoERouterPress(ScorerPress):
 
         ``calibrated`` is about the model that the press was last applied to. ``forward_count`` counts the passes in which each
         layer was decided about; ``total_aux_loss`` adds up the losses of all layers and passes (of a pass, the mean over its
-        sequences), ``avg_aux_loss`` is the mean over layers and passes. A hit rate is the share of the attention of the last
-        32 queries of what was read that falls on tokens that were kept.
+        sequences), ``avg_aux_loss`` is the mean over the layers and passes in which calibrated routers routed. A hit rate is
+        the share of the attention of the last 32 queries of what was read that falls on tokens that were kept.
         """
         stats = super().get_stats()
         by_layer: dict[int, dict[str, Any]] = dict(stats["layer_stats"])

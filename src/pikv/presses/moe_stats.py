@@ -16,14 +16,17 @@ class LayerRecord:
     def __init__(self, scored: RoutedScores) -> None:
         self.experts = scored.experts
         self.routing = RoutingStats(len(scored.experts))
+        self.num_passes = 0
         self.is_calibrated = False
         self.ratios: deque[float] = deque(maxlen=_MAX_RECORDED)
         self.hit_rates: deque[float] = deque(maxlen=_MAX_RECORDED)
 
     def add(self, scored: Sequence[RoutedScores], ratio: float, hit_rate: float) -> None:
         """Adds one decision about the layer; it was scored in several parts if that went chunk by chunk."""
+        self.num_passes += 1
         self.is_calibrated = scored[0].mixer.router.calibrated
-        self.routing.add(*(routing for part in scored for routing in part.routings))
+        if routings := [routing for part in scored for routing in part.routings]:
+            self.routing.add(*routings)
         self.ratios.append(ratio)
         self.hit_rates.append(hit_rate)
 
@@ -54,16 +57,17 @@ class RouterRecords:
         record.add(scored, ratio, hit_rate)
 
     def summary(self) -> dict[str, Any]:
-        """``forward_count``: passes in which each layer was decided about, whatever the size of the batch.
+        """Passes, and auxiliary losses.
 
-        ``total_aux_loss`` adds up the auxiliary losses of all layers and passes, of a pass the mean over its sequences;
-        ``avg_aux_loss`` is the mean over layers and passes.
+        ``forward_count`` counts the passes in which each layer was decided about, whatever the size of the batch.
+        ``total_aux_loss`` adds up the losses of all layers and passes, of a pass the mean over its sequences; ``avg_aux_loss``
+        is the mean over the layers and passes in which calibrated routers routed.
         """
         records = self.by_layer.values()
         total = sum(record.routing.total_loss for record in records)
-        num_passes = sum(record.routing.forward_count for record in records)
+        num_routed = sum(record.routing.forward_count for record in records)
         return {
-            "forward_count": max((record.routing.forward_count for record in records), default=0),
+            "forward_count": max((record.num_passes for record in records), default=0),
             "total_aux_loss": total,
-            "avg_aux_loss": total / num_passes if num_passes else 0.0,
+            "avg_aux_loss": total / num_routed if num_routed else 0.0,
         }
