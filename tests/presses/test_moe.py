@@ -457,6 +457,17 @@ def test_a_strategy_nobody_knows_keeps_what_the_subclass_keeps(llama):
         assert row.tolist() == list(range(20, 25)) or set(row.tolist()) < set(range(17, 25))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_under_autocast(llama, kind, dtype):
+    for top_k in (1, 2):
+        press = MoERouterPress(0.5, router_type=kind, top_k=top_k, calibration=random_calibration(llama))
+        with torch.autocast("cpu", dtype):
+            cache = run(llama, press, lengths=(60, 41))
+        cache.check_integrity()
+        assert press.get_stats()["compression_ratio"] == pytest.approx(1 - (30 + 20) / 101)
+
+
 # With other presses.
 
 

@@ -11,7 +11,7 @@ from pikv.routing import EPLBRouter, PiKVRouter, create_moe_router
 from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
 from pikv.routing.mixer import ExpertMixer, expert_weights
-from pikv.routing.row_state import Hits, PassWeights
+from pikv.routing.row_state import Hits, PassWeights, is_stored, load_weights, store_weights
 from pikv.routing.scorer import RoutedScorer
 from tiny import batch_of, build
 
@@ -301,6 +301,34 @@ def test_tokens_that_were_never_routed_weigh_experts_as_the_others_do(llama):
         routed = expert_weights(scored.routings[0])[0]
         torch.testing.assert_close(scored.weights[0, 0, 30:50], routed)
         torch.testing.assert_close(scored.weights[0, 0, :30], routed.mean(0).expand(30, -1))
+
+
+@every_kind
+def test_state_beside_the_rows_takes_few_bytes_and_has_sequences_first(llama, kind):
+    """A position of 4 bytes, and of the two experts that a token goes to a number of 1 byte and a weight of 4."""
+    cache = read(llama, calibrated_press(llama, kind), [batch_of([40, 25])])
+    for layer in range(3):
+        (state,) = stored_passes(cache, layer)
+        tensors = [state.positions, state.experts, state.weights]
+        assert sum(tensor.nbytes for tensor in tensors) == state.positions.numel() * (4 + 2 * (1 + 4))
+        hits = [entry for entry in cache.state(layer).values() if isinstance(entry, Hits)]
+        assert len(hits) == (kind == "pikv")
+        tensors += [tensor for entry in hits for tensor in (entry.kept, entry.total)]
+        assert all(len(tensor) == 2 for tensor in tensors)
+        held = [{position for row in rows for position in row.tolist()} for rows in cache.positions(layer)]
+        assert [set(row.tolist()) - {-1} for row in state.positions] == held
+
+
+def test_weights_of_more_experts_than_a_byte_can_number(llama):
+    view = view_of(llama)
+    weights = torch.zeros(1, 50, 300)
+    experts = torch.randint(300, (1, 50, 1), generator=torch.Generator().manual_seed(0))
+    weights.scatter_(2, experts, 0.5)
+    store_weights(view, ("key",), weights, top_k=2)
+    assert is_stored(view, ("key",)) and not is_stored(view, ("other",))
+    loaded = torch.full((1, 50, 300), float("nan"))
+    load_weights(view, ("key",), loaded)
+    assert torch.equal(loaded, weights)
 
 
 def test_hits_are_counted_for_sequences_that_lost_tokens(llama):

@@ -167,7 +167,7 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
             params = call.params.for_rows(block.row_ids, heads)
             weights = params.weights_of_rows(asked[block.selector], block.load()[0], visible[None])
             mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
-            scores[rank[call.layer_idx], list(block.row_ids)] = mass.amax(1).cpu()
+            scores[rank[call.layer_idx], list(block.row_ids)] = mass.amax(1).float().cpu()
 
     with observe(model, after_attention=after_attention):
         inputs = torch.tensor([token_ids], device=model.device)
