@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from pikv.presses.base import BasePress
-from pikv.presses.registry import get_press, list_presses
+from pikv.presses.registry import list_presses
+from pikv.presses.spec import get_press
 
 FULL = "none"
 RATIO_OF_ALL = "0.75"

@@ -20,6 +20,7 @@ from pikv.core import Kept, LayerView
 from pikv.hf.support import ragged_layers
 from pikv.presses.moe_stats import RouterRecords
 from pikv.presses.moe_strategies import experts_of_strategies
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.routing.base import MoERouter
@@ -29,6 +30,12 @@ from pikv.routing.mixer import ExpertMixer
 from pikv.routing.scorer import RoutedScorer, RoutedScores, record_decision
 
 
+@register_press("base", group="router", options={"router_type": "base"})
+@register_press("topk_balanced", group="router", options={"router_type": "topk_balanced"})
+@register_press("adaptive", group="router", options={"router_type": "adaptive"})
+@register_press("pikv", group="router", options={"router_type": "pikv"})
+@register_press("eplb", group="router", options={"router_type": "eplb"})
+@register_press("hierarchical", group="router", options={"router_type": "hierarchical"})
 class MoERouterPress(ScorerPress):
     """Scores every token by retention experts, weighted by a router that reads the token's hidden state.
 

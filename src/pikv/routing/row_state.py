@@ -42,9 +42,9 @@ class Hits(RowState):
         return Hits(seen=self.seen, kept=self.kept + before.kept, total=self.total + before.total)
 
 
-def seen_by(view: LayerView) -> int:
+def seen_by(view: LayerView) -> list[int]:
     """The ``seen`` of a state that is made now."""
-    return int(view.seen.sum())
+    return view.seen.tolist()
 
 
 def is_stored(view: LayerView, key: tuple[object, ...]) -> bool:
@@ -77,7 +77,8 @@ def load_weights(view: LayerView, key: tuple[object, ...], weights: Tensor) -> N
     for _, state in _states_of(view, key):
         sequence, number = (state.positions >= 0).nonzero(as_tuple=True)
         experts, values = state.experts[sequence, number].long(), state.weights[sequence, number].to(weights)
-        stored = weights.new_zeros((len(values), weights.shape[2])).scatter(1, experts, values)
+        # Added, as states that were joined are padded with weights of 0.
+        stored = weights.new_zeros((len(values), weights.shape[2])).scatter_add(1, experts, values)
         weights[sequence, state.positions[sequence, number].long()] = stored
 
 

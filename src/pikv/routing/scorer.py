@@ -63,11 +63,7 @@ class RoutedScorer(Scorer):
         self.mixers = dict(mixers)
         self.sink_size = sink_size
         self.recent_size = recent_size
-        self.watches = any(mixer.router.calibrated for mixer in self.mixers.values())
-        self.needs = Needs(queries=True, observes=self.watches)
-
-    def watch(self, view: LayerView) -> None:
-        self.observe(view)
+        self.needs = Needs(queries=True, observes=any(mixer.router.calibrated for mixer in self.mixers.values()))
 
     def observe(self, view: LayerView) -> None:
         """Routes what is read while nothing is evicted, to know the weights of these tokens later."""

@@ -8,7 +8,8 @@ from pikv.calibration.progress import ProgressBar
 from pikv.experiments.methods import FULL, Method
 from pikv.experiments.studies.data import Data
 from pikv.experiments.studies.expectations import Expectation
-from pikv.presses.base import BasePress, NoCompressionPress
+from pikv.presses.base import BasePress
+from pikv.presses.none import NoCompressionPress
 from pikv.routing.experts import EXPERTS
 
 

@@ -17,8 +17,9 @@ from pikv.experiments.studies.presses import expert_alone, moe_press
 from pikv.experiments.studies.references import fit_probes, look_ahead
 from pikv.presses.base import BasePress
 from pikv.presses.headwise import ProfileBudgetPress
-from pikv.presses.registry import get_press, list_presses
+from pikv.presses.registry import list_presses
 from pikv.presses.scorer import ScorerPress
+from pikv.presses.spec import get_press
 from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS
 from pikv.scoring.base import Scorer

@@ -4,7 +4,7 @@ from pikv.experiments.studies.base import Builder, Study
 from pikv.experiments.studies.calibration import CALIBRATION
 from pikv.experiments.studies.expectations import expect_order, expect_ratios
 from pikv.experiments.studies.presses import COMBINATIONS, duo_and_router, expert_alone, routed, router_presses, single_presses
-from pikv.names.unknown import unknown
+from pikv.registry import unknown
 from pikv.routing.experts import EXPERTS
 
 RATIOS = (0.1, 0.3, 0.5, 0.7)

@@ -21,7 +21,7 @@ from pikv.experiments.studies.base import Configuration, RouterSettings, Study
 from pikv.experiments.studies.data import DATA_SETS, Data, DataSettings
 from pikv.experiments.studies.measure import Run, measure_run, warm_up
 from pikv.experiments.studies.results import StudyResult
-from pikv.names.unknown import unknown
+from pikv.registry import unknown
 from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
 
