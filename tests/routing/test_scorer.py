@@ -331,6 +331,32 @@ def test_weights_of_more_experts_than_a_byte_can_number(llama):
     assert torch.equal(loaded, weights)
 
 
+@pytest.mark.parametrize("kind", ["eplb", "pikv", "adaptive"])
+def test_sequences_that_are_joined_and_picked_go_on_as_alone(llama, kind):
+    """One that was read in two turns, and one that was read in one, as one batch; then each of them by itself again."""
+    press = calibrated_press(llama, kind, head_budgets=False)
+    first = read(llama, press, [batch_of([40]), batch_of([20], seed=1)])
+    second = read(llama, press, [batch_of([25], seed=2)])
+    joined = PiKVCache.concat([first, second])
+    ids, mask = batch_of([30, 30], seed=3)
+    read(llama, press, [(ids, mask)], joined, seen=joined.attention_mask())
+    swapped = joined.select([1, 0])
+    further, ones = batch_of([20, 20], seed=4)
+    read(llama, press, [(further, ones)], swapped, seen=swapped.attention_mask())
+    for number, alone in enumerate((first, second)):
+        read(llama, press, [(ids[number : number + 1], mask[:1])], alone, seen=alone.attention_mask())
+        assert kept(joined, number) == kept(alone)
+        assert weights_are_equal(joined, alone, number)
+        own = (further[1 - number : 2 - number], ones[:1])
+        read(llama, press, [own], alone, seen=alone.attention_mask())
+        assert kept(swapped, 1 - number) == kept(alone)
+
+
+def weights_are_equal(cache, alone, number):
+    pairs = [(weights_of(cache, layer, number), weights_of(alone, layer, 0)) for layer in range(3)]
+    return all(one.keys() == two.keys() and all(torch.allclose(one[at], two[at]) for at in one) for one, two in pairs)
+
+
 def test_hits_are_counted_for_sequences_that_lost_tokens(llama):
     """Beside a long one, a short sequence that fits decides nothing, as it would alone."""
     press = calibrated_press(llama, "pikv", head_budgets=False, budget=30)

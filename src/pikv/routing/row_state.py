@@ -1,6 +1,6 @@
 """What routing keeps beside the rows of a layer: experts' weights of earlier tokens, and how much attention kept tokens got."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,8 +97,13 @@ def prune(view: LayerView, key: tuple[object, ...], is_kept: Tensor) -> None:
             continue
         order = held.int().argsort(dim=1, descending=True, stable=True)[:, :num_held]
         chosen = order.unsqueeze(2).expand(-1, -1, state.weights.shape[2])
-        state.positions = state.positions.masked_fill(~held, -1).gather(1, order)
-        state.experts, state.weights = state.experts.gather(1, chosen), state.weights.gather(1, chosen)
+        # A new one: what a pass that is interrupted started from must stay as it was.
+        view.state[name] = replace(
+            state,
+            positions=state.positions.masked_fill(~held, -1).gather(1, order),
+            experts=state.experts.gather(1, chosen),
+            weights=state.weights.gather(1, chosen),
+        )
 
 
 def _states_of(view: LayerView, key: tuple[object, ...]) -> list[tuple[Any, PassWeights]]:

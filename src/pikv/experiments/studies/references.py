@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pikv.calibration.samples import make_samples, sample_of
-from pikv.calibration.targets import LayerReading, read_sample
-from pikv.calibration.training import NUM_STATISTICS_SAMPLES, TargetStatistics
+from pikv.calibration.targets import LayerReading, TargetStatistics, read_sample
+from pikv.calibration.training import NUM_STATISTICS_SAMPLES
 from pikv.core import LayerView
 from pikv.experiments.quality import QualityRun
 from pikv.experiments.studies.data import Data
