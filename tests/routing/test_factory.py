@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import pikv.routing.routers
+from pikv import list_presses
 from pikv.presses import MoERouterPress
+from pikv.presses.registry import press_info
 from pikv.routing import (
     ROUTERS,
     BaseMoERouter,
@@ -40,6 +42,7 @@ def test_every_file_in_the_folder_of_routers_registers_one():
     names = {module.name for module in pkgutil.iter_modules(pikv.routing.routers.__path__)}
     assert names | {"base"} == set(ROUTERS)
     assert press_kinds() == KINDS[:6]
+    assert {name for name in list_presses() if press_info(name).group == "router"} == set(press_kinds())
 
 
 def test_a_router_is_added_by_one_registration(llama):
