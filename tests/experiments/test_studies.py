@@ -16,8 +16,8 @@ from pikv.experiments.studies.registry import RATIOS, STUDIES, get_study
 from pikv.experiments.studies.run import StudyConfig, prepare, run_study
 from pikv.models.random import build_random
 from pikv.report.study import study_tables, write_study
+from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS
-from pikv.scoring.experts import EXPERTS
 
 SMALL = dict(num_tokens=40, repeats=2, passes=1)
 DEMO = dict(data="demo", num_tokens=256, repeats=1, batch_size=1, num_contexts=2, num_records=8, num_questions=4)

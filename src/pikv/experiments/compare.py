@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pikv.calibration.default_calibration import use_calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.experiments.defaults import DEFAULT_METHODS
 from pikv.experiments.environment import environment
@@ -13,7 +14,6 @@ from pikv.experiments.methods import Method, parse_methods
 from pikv.experiments.quality import QualityRun, References, measure_quality
 from pikv.experiments.results import Comparison, Quality, Speed
 from pikv.experiments.speed import measure_once, new_speed
-from pikv.routing.known import use_calibration
 from pikv.tasks.contexts import TokenizedSample, retrieval_samples, text_sample
 
 _WARM_UP_TOKENS = 512

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pikv.core import AttentionCall
-    from pikv.hf.cache import PiKVCache
     from pikv.hf.forward_pass import ForwardPass
 
 
@@ -27,14 +26,14 @@ class ForwardInputs:
     """What a forward pass of the model was given.
 
     Attributes:
-        cache: the cache that it fills
+        cache: the PiKVCache that it fills
         batch_size: sequences of the input
         num_new: columns of the input, padding included
         input_ids: ``[B, T]``, or None where embeddings were given
         attention_mask: of all columns, or None
     """
 
-    cache: PiKVCache
+    cache: Any
     batch_size: int
     num_new: int
     input_ids: Tensor | None

@@ -10,7 +10,7 @@ from pikv.experiments.studies.data import Data
 from pikv.experiments.studies.expectations import Expectation
 from pikv.presses.base import BasePress
 from pikv.presses.none import NoCompressionPress
-from pikv.scoring.experts import EXPERTS
+from pikv.routing.experts import EXPERTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv.calibration.calibrate import calibrate
+from pikv.calibration.default_calibration import calibration_of, use_calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.experiments.environment import environment
 from pikv.experiments.lengths import check_lengths
@@ -20,10 +22,8 @@ from pikv.experiments.studies.data import DATA_SETS, Data, DataSettings
 from pikv.experiments.studies.measure import Run, measure_run, warm_up
 from pikv.experiments.studies.results import StudyResult
 from pikv.registry import unknown
-from pikv.routing.calibrate import calibrate
+from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
-from pikv.routing.known import calibration_of, use_calibration
-from pikv.scoring.experts import default_experts
 
 log = logging.getLogger(__name__)
 
