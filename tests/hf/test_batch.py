@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -227,3 +229,27 @@ def test_copies_and_pickles_go_on_as_the_original(family, make):
     expected = go_on(model, cache, make(), ids)
     for other in others:
         assert torch.equal(go_on(model, other, make(), ids), expected)
+
+
+def test_a_pickle_is_used_in_another_process(llama, tmp_path):
+    cache = read(llama, [30], SnapKVPress(0.5))
+    (tmp_path / "cache").write_bytes(pickle.dumps(cache))
+    ids, _ = batch_of([6], seed=4)
+    torch.save(go_on(llama, cache, NoCompressionPress(), ids), tmp_path / "logits")
+    code = """
+import pickle, sys, torch
+sys.path[:0] = sys.argv[2].split(":")
+from test_batch import NoCompressionPress, batch_of, build, go_on
+from pathlib import Path
+torch.set_num_threads(1)
+model, folder = build("llama"), Path(sys.argv[1])
+cache = pickle.loads((folder / "cache").read_bytes())
+try:
+    model(batch_of([6])[0], past_key_values=cache)
+except RuntimeError as error:
+    assert "attach_to(model.config)" in str(error), error
+cache.attach_to(model.config)
+found = go_on(model, cache, NoCompressionPress(), batch_of([6], seed=4)[0])
+assert torch.equal(found, torch.load(folder / "logits"))
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), ":".join(sys.path)], check=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pikv.indices import index_tensor
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionParams:
@@ -27,8 +29,8 @@ class AttentionParams:
         """Those of some rows ``r = b * G + g``: sinks ``[n, H / G]`` in the place of ``[H]``."""
         if self.sinks is None:
             return self
-        heads = [row % num_kv_heads for row in row_ids]
-        return replace(self, sinks=self.sinks.view(num_kv_heads, -1)[heads])
+        heads = index_tensor((row % num_kv_heads for row in row_ids), self.sinks.device)
+        return replace(self, sinks=self.sinks.view(num_kv_heads, -1).index_select(0, heads))
 
     def weights_of_rows(self, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """Attention weights over the keys of rows, after ``for_rows``.

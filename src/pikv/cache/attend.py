@@ -35,7 +35,7 @@ def attend_rows(queries: Tensor, rows: RaggedRows, params: AttentionParams, mask
         count = mask.counts[sequences[0]]
         if count == 0:
             continue
-        columns = mask.columns[sequences, :count][:, None, :, None].expand(-1, queries.shape[1], -1, -1)
+        columns = mask.columns_of(sequences, count)[:, None, :, None].expand(-1, queries.shape[1], -1, -1)
         picked = queries[block.selector].gather(2, columns.expand(-1, -1, -1, dim))
         attended = torch.zeros_like(output[block.selector])
         output[block.selector] = attended.scatter_(

@@ -13,6 +13,7 @@ from pikv.attention.partial import merge_parts, with_sinks
 from pikv.cache.formats.base import Segment, format_named
 from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
+from pikv.indices import index_tensor
 
 _POSITION_BYTES = 4
 
@@ -143,7 +144,7 @@ class RowBlock:
         count, length = indices.shape
         positions = None
         if self._positions is not None or length < self.length:
-            positions = self.kept_positions()[list(members)].gather(1, indices)
+            positions = self.kept_positions().index_select(0, index_tensor(members, indices.device)).gather(1, indices)
         sealed, first = [], 0
         for start, segment in self._starts():
             if segment is self.tail:
@@ -304,5 +305,4 @@ def _next_positions(seen: Sequence[int], count: int, device: torch.device) -> Te
         if count == 1:
             return seen[0]
         return torch.arange(seen[0], seen[0] + count, dtype=torch.int32, device=device)
-    starts = torch.tensor(seen, dtype=torch.int32, device=device).unsqueeze(1)
-    return starts + torch.arange(count, dtype=torch.int32, device=device)
+    return index_tensor(seen, device).unsqueeze(1) + torch.arange(count, dtype=torch.int32, device=device)

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pikv.indices import index_tensor
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBlock:
@@ -143,4 +145,4 @@ def selector_of(row_ids: Sequence[int], device: torch.device) -> slice | Tensor:
     """What indexes these rows, which ascend, in a tensor of all rows ``[R, ...]``; a slice where they are neighbours."""
     if row_ids[-1] - row_ids[0] == len(row_ids) - 1:
         return slice(row_ids[0], row_ids[-1] + 1)
-    return torch.tensor(row_ids, device=device)
+    return index_tensor(row_ids, device)

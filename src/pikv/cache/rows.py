@@ -140,7 +140,7 @@ class RaggedRows:
             new_keys, new_values = keys[block.selector], values[block.selector]
             if mask is not None and count < num_new:
                 # Where every member has equally many tokens, their columns form a rectangle.
-                columns = mask.columns[sequences, :count].unsqueeze(2)
+                columns = mask.columns_of(sequences, count).unsqueeze(2)
                 new_keys = new_keys.gather(1, columns.expand(-1, -1, keys.shape[-1]))
                 new_values = new_values.gather(1, columns.expand(-1, -1, values.shape[-1]))
             block.append(new_keys, new_values, [self.seen[sequence] for sequence in sequences])

@@ -1,9 +1,12 @@
 """Which columns of a padded input are tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pikv.indices import index_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,10 @@ class TokenMask:
         if min(counts) == is_token.shape[1]:
             return None
         return cls(is_token, counts, is_token.int().argsort(dim=1, descending=True, stable=True))
+
+    def columns_of(self, sequences: Sequence[int], count: int) -> Tensor:
+        """The columns of the tokens of sequences that have ``count`` each, ``[n, count]``."""
+        return self.columns.index_select(0, index_tensor(sequences, self.columns.device))[:, :count]
 
     def to(self, device: torch.device) -> "TokenMask":
         if device == self.is_token.device:

@@ -71,6 +71,17 @@ class PiKVCache(Cache):
             self.forward_pass.has_press = True
             self.press.carried_by(self)
 
+    def attach_to(self, config: Any) -> None:
+        """Makes a cache that came from a pickle, with a configuration of its own, one of the model with this ``config``.
+
+        Raises:
+            ValueError: if it was made for another model.
+        """
+        config = config.get_text_config(decoder=True)
+        check_same_model(model_signature(self.config), model_signature(config))
+        self.config = config
+        self._arrive()
+
     def _new_layer(self, index: int) -> PiKVLayer | SlidingLayer:
         if index in self.ragged_layers:
             return PiKVLayer(self.forward_pass)

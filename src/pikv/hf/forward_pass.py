@@ -68,7 +68,8 @@ class ForwardPass:
         if self.num_new != num_new or self.serial == last_serial or self.columns != columns:
             raise RuntimeError(
                 "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
-                "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made"
+                "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made; a "
+                "cache from a pickle needs attach_to(model.config)"
             )
 
     def finish(self) -> None:

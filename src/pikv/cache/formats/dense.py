@@ -12,6 +12,7 @@ from pikv.attention.params import AttentionParams
 from pikv.attention.partial import attend_part
 from pikv.attention.whole import attend_whole
 from pikv.cache.formats.base import Segment, register_format
+from pikv.indices import index_tensor
 
 _GROWTH_SHARE = 8  # an overfull segment grows by an eighth, so that appending stays O(1) per token on average
 _GROWTH_MIN = 16
@@ -95,7 +96,7 @@ class DenseSegment(Segment):
             indices = torch.arange(self.length, device=self.location).expand(len(members), -1)
         count, length = indices.shape
         capacity = length if capacity is None else capacity
-        offsets = torch.tensor(members, device=indices.device).unsqueeze(1) * self.capacity
+        offsets = index_tensor(members, indices.device).unsqueeze(1) * self.capacity
         flat = (offsets + indices).flatten()
         keys, values = (_take(tokens, flat, count, length, capacity) for tokens in (self._keys, self._values))
         return DenseSegment(keys, values, length)
