@@ -23,8 +23,7 @@ ROOMS = [
     "routing",
     "presses",
     "models",
-    "experiments",
-    "report",
+    "evaluation",
     "cli",
 ]
 

@@ -4,10 +4,10 @@ import sys
 import warnings
 
 import pytest
+from pikv.experiments.studies.registry import STUDIES
 from test_cli import pikv
 
 from pikv.cli.main import main
-from pikv.experiments.studies.registry import STUDIES
 
 FAST = ["--num-tokens", "40", "--repeats", "1", "--passes", "1"]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from pikv.experiments.methods import Method
 from pikv.experiments.quality import QualityRun, measure_quality
+
 from pikv.models.demo import WEIGHTS
 from pikv.models.demo.tokenizer import build_tokenizer
 from pikv.models.demo.train import build_model, build_sibling
