@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pikv.experiments.environment import environment
+from pikv.evaluation.environment import environment
 
 
 def build_model(max_positions: int) -> LlamaForCausalLM:
