@@ -31,8 +31,8 @@ def choose_folder(wanted: Path | None, kind: str) -> Path:
             _remove_leftovers(folder)
             if any(not path.name.startswith(_PREFIX) for path in folder.iterdir()):
                 raise ValueError(f"{folder} exists and is not empty; results are never overwritten, choose another --out")
-        with _hidden_folder(nearest):
-            pass
+        with _hidden_folder(nearest) as hidden:
+            (hidden / "probe").write_text("a full disk takes a folder, but no file")
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {_reason(error)}") from None
     return folder

@@ -1,12 +1,12 @@
 """Tables as title, header and cells, and how they look in a terminal."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pandas as pd
-from rich import table as rich_table
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
+from rich.table import Table as RichTable
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, header and cells."""
@@ -35,17 +35,15 @@ def make_table(title: str, columns: list[Column], rows: pd.DataFrame) -> Table:
     return title, [name for name, _ in columns], [[show(row) for _, show in columns] for _, row in rows.iterrows()]
 
 
-def rich_tables(shown: Iterable[Table]) -> list[rich_table.Table]:
-    """Tables for the terminal: figures are never cut, text in the last column may take several lines."""
-    rendered = []
-    for title, header, cells in shown:
-        table = rich_table.Table(
-            title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD, padding=(0, 1)
-        )
-        for index, name in enumerate(header):
-            is_text = index == 0 or name == TEXT
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=name != TEXT)
-        for row in cells:
-            table.add_row(*(escape(cell) for cell in row))
-        rendered.append(table)
+def rich_table(table: Table) -> RichTable:
+    """A table for the terminal: figures are never cut, text may take several lines."""
+    title, header, cells = table
+    rendered = RichTable(
+        title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for index, name in enumerate(header):
+        is_text = index == 0 or name == TEXT
+        rendered.add_column(name, justify="left" if is_text else "right", no_wrap=name != TEXT)
+    for row in cells:
+        rendered.add_row(*(escape(cell) for cell in row))
     return rendered
