@@ -3,19 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pikv.version import __version__
+
 if TYPE_CHECKING:
     from pikv.hf.cache import PiKVCache
     from pikv.presses.prefill import prefill
-    from pikv.presses.registry import get_press, list_presses
+    from pikv.presses.registry import list_presses, register_press
+    from pikv.presses.spec import get_press
 
-__version__ = "0.1.0"
-__all__ = ["PiKVCache", "get_press", "list_presses", "prefill"]
+__all__ = ["PiKVCache", "__version__", "get_press", "list_presses", "prefill", "register_press"]
 
 _LAZY = {
     "PiKVCache": "pikv.hf.cache",
-    "get_press": "pikv.presses.registry",
+    "get_press": "pikv.presses.spec",
     "list_presses": "pikv.presses.registry",
     "prefill": "pikv.presses.prefill",
+    "register_press": "pikv.presses.registry",
 }
 
 

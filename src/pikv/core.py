@@ -6,9 +6,10 @@ Shapes, here and everywhere: ``B`` batch, ``H`` query heads, ``G`` KV heads, ``T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,8 +20,18 @@ from pikv.cache.kept import KeptTokens, TokenBlock
 from pikv.cache.row_state import ContiguousPositions, RowState
 from pikv.cache.rows import RaggedRows
 
+MAX_NUMBERS = 1 << 22
+"""Numbers that exist at a time where something is worked through in pieces."""
+
 Kept = Sequence[Tensor]
 """For every row ``b * G + g`` the numbers of the tokens to keep within the row, ascending (int64)."""
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """What decisions are computed in: no gradients, and the data types that are written, also under ``torch.autocast``."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +63,11 @@ class AttentionCall:
     hidden_states: Tensor
     arguments: Mapping[str, Any]
     num_new: int
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens seen, the newest included, by sequence."""
+        return list(self.rows.seen)
 
     def newest_column(self) -> AttentionCall:
         """The same with the last column alone, for who need not hold on to all queries and hidden states."""
@@ -206,14 +222,22 @@ class LayerView:
         state, lengths = self.state.get(ContiguousPositions), self.kept.lengths
         if not isinstance(state, ContiguousPositions):
             return self.kept.positions.long()
-        if bool(((lengths - state.lengths).sum(0) != int(self.seen.sum()) - state.seen).any()):
+        if bool((lengths - state.lengths != (self.seen - torch.tensor(state.seen)).unsqueeze(1)).any()):
             raise ValueError("another press evicted tokens after the keys of this cache were turned to positions without gaps")
         slots = torch.arange(self.kept.positions.shape[2])
         return ((self.seen.view(-1, 1) - lengths).unsqueeze(2) + slots).to(self.kept.device)
 
-    def by_block(self, score: Callable[[BlockView], Tensor]) -> Tensor:
-        """Asks ``score`` for ``[n, L]`` about each block of equally long rows, one after the other; lays out ``[B, G, L]``."""
-        return self.kept.spread([score(BlockView(self, block)) for block in self.kept.blocks])
+    def by_block(self, score: Callable[[BlockView], Tensor], numbers_per_token: int = 0) -> Tensor:
+        """Asks ``score`` for ``[n, L]`` about blocks of equally long rows, one after the other; lays out ``[B, G, L]``.
+
+        ``numbers_per_token`` is how many numbers ``score`` makes on its way for one token of one row: a block for which that
+        comes to much is shown in pieces of rows, so that working memory stays bounded. ``score`` may return ``[n, L, ...]``.
+        """
+        found = []
+        for block in self.kept.blocks:
+            pieces = [score(piece) for piece in BlockView(self, block).pieces(numbers_per_token)]
+            found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        return self.kept.spread(found)
 
 
 class BlockView:
@@ -228,6 +252,24 @@ class BlockView:
         self.row_ids = block.row_ids
         self.positions = block.positions
         self.length = block.length
+
+    def pieces(self, numbers_per_token: int) -> Iterator[BlockView]:
+        """Views of some rows at a time, so few that ``numbers_per_token`` for each of their tokens are not too many."""
+        num_rows = len(self.row_ids)
+        size = max(1, MAX_NUMBERS // max(1, numbers_per_token * self.length))
+        if size >= num_rows:
+            yield self
+            return
+        for start in range(0, num_rows, size):
+            rows = slice(start, start + size)
+            yield BlockView(
+                self.view,
+                TokenBlock(row_ids=self.row_ids[rows], positions=self.positions[rows], load=partial(self._load, rows)),
+            )
+
+    def _load(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The keys and values of some of the rows."""
+        return self.keys[rows], self.values[rows]
 
     @cached_property
     def _dense(self) -> tuple[Tensor, Tensor]:
@@ -250,6 +292,12 @@ class BlockView:
         return queries.reshape(-1, self.view.group_size, *queries.shape[2:])[self.block.selector]
 
     @cached_property
+    def logsumexp(self) -> Tensor | None:
+        """Of the queries' attention, ``[n, H / G, T]``, where a kernel left it."""
+        logs = self.view.logsumexp
+        return None if logs is None else logs.reshape(-1, self.view.group_size, logs.shape[2])[self.block.selector]
+
+    @cached_property
     def params(self) -> AttentionParams:
         """Those of each row, see ``AttentionParams.for_rows``."""
         return self.view.params.for_rows(self.row_ids, self.view.kept.shape[1])
@@ -263,6 +311,11 @@ class BlockView:
     def query_positions(self) -> Tensor:
         """``[n, T]``; -1 for padding."""
         return self.of_sequences(self.view.query_positions)
+
+    @property
+    def heads(self) -> list[int]:
+        """The KV head of each row, ``[n]``."""
+        return [row % self.view.kept.shape[1] for row in self.row_ids]
 
     @property
     def seen(self) -> Tensor:

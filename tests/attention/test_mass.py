@@ -32,6 +32,21 @@ def mass_reference(queries, keys, key_positions, query_positions, params):
     return mass
 
 
+def mass_of_rows(queries, keys, key_positions, query_positions, params, logsumexp=None):
+    """``attention_mass`` of all rows ``b * G + g``, as ``[B, G, L]``."""
+    group = HEADS // KV_HEADS
+    rows = range(BATCH * KV_HEADS)
+    found = attention_mass(
+        queries.reshape(-1, group, *queries.shape[2:]),
+        keys.flatten(0, 1),
+        key_positions.flatten(0, 1),
+        query_positions.repeat_interleave(KV_HEADS, 0),
+        params.for_rows(rows, KV_HEADS),
+        None if logsumexp is None else logsumexp.reshape(-1, group, logsumexp.shape[2]),
+    )
+    return found.unflatten(0, (BATCH, KV_HEADS))
+
+
 def random_inputs(num_queries, num_keys):
     generator = torch.Generator().manual_seed(num_queries)
     queries = torch.randn(BATCH, HEADS, num_queries, DIM, generator=generator)
@@ -61,7 +76,7 @@ def test_prefill(length, has_logsumexp, params):
         expanded = keys.repeat_interleave(HEADS // KV_HEADS, 1)
         scores = queries @ expanded.transpose(2, 3) * SCALING
         logsumexp = scores.masked_fill(positions > positions.unsqueeze(1), float("-inf")).logsumexp(-1)
-    found = attention_mass(queries, keys, key_positions, query_positions, params, logsumexp)
+    found = mass_of_rows(queries, keys, key_positions, query_positions, params, logsumexp)
     torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, params))
 
 
@@ -74,8 +89,21 @@ def test_ragged_rows_and_padding(params):
         # the oldest token stays in every row, so that no query is left without a key
         key_positions.view(-1, 70)[row, :length] = torch.cat([torch.zeros(1, dtype=torch.long), kept + 1])
     query_positions = torch.stack([torch.arange(72, 81), torch.tensor([-1, -1, -1, 40, 41, 42, 43, 44, 45])])
-    found = attention_mass(queries, keys, key_positions, query_positions, params)
+    found = mass_of_rows(queries, keys, key_positions, query_positions, params)
     torch.testing.assert_close(found, mass_reference(queries, keys, key_positions, query_positions, params))
+
+
+@every_params
+@pytest.mark.parametrize("has_logsumexp", [False, True])
+def test_in_pieces_of_rows(monkeypatch, has_logsumexp, params):
+    queries, keys = random_inputs(65, 65)
+    positions = torch.arange(65)
+    inputs = queries, keys, positions.expand(BATCH, KV_HEADS, -1), positions.expand(BATCH, -1), params
+    scores = queries @ keys.repeat_interleave(HEADS // KV_HEADS, 1).transpose(2, 3) * SCALING
+    logsumexp = scores.masked_fill(positions > positions.unsqueeze(1), float("-inf")).logsumexp(-1) if has_logsumexp else None
+    expected = mass_of_rows(*inputs, logsumexp)
+    monkeypatch.setattr("pikv.attention.mass._BLOCK_ELEMENTS", 1)
+    torch.testing.assert_close(mass_of_rows(*inputs, logsumexp), expected)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

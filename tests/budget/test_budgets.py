@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 
-from pikv.budget.across_layers import AcrossLayersBudget
 from pikv.budget.adaptive import share_by_score
 from pikv.budget.amount import Amount
 from pikv.budget.base import ScoredLayer
-from pikv.budget.heads import StreamingHeadBudget
-from pikv.budget.layer_preference import LayerPreferenceBudget, pour
-from pikv.budget.pyramid import pyramid_counts
 from pikv.budget.select import select
 from pikv.budget.uniform import UniformBudget
 from pikv.cache.block import first_capacity
+from pikv.presses.cake import LayerPreferenceBudget, allocate
+from pikv.presses.duo import StreamingHeadBudget
+from pikv.presses.kvzip import AcrossLayersBudget
+from pikv.presses.pyramidkv import pyramid_counts
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=6, max_size=6), shares=st.lists(st.floats(0, 1), min_size=6, max_size=6))
@@ -156,7 +156,7 @@ def test_layer_preference_takes_from_earlier_layers_what_later_ones_need():
 )
 def test_pouring_is_exact_and_never_overflows(total, capacities, seed):
     weights = torch.rand(len(capacities), generator=torch.Generator().manual_seed(seed))
-    shares = pour(total, torch.tensor(capacities), weights)
+    shares = allocate(total, torch.tensor(capacities), weights)
     assert int(shares.sum()) == min(total, sum(capacities))
     assert all(0 <= share <= capacity for share, capacity in zip(shares.tolist(), capacities, strict=True))
 

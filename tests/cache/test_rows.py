@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pikv.cache.block import first_capacity, grown_capacity
+import formats  # noqa: F401 - registers one
+from pikv.cache.formats.dense import first_capacity, grown_capacity
 from pikv.cache.rows import RaggedRows
+from pikv.cache.tokens import TokenMask
 
 DIM = 4
 
@@ -25,46 +27,104 @@ class ListRows:
                     self.rows[b * self.heads + g].append(token)
                 self.seen[b] += 1
 
+    def select(self, sequences):
+        self.rows = [list(self.rows[b * self.heads + g]) for b in sequences for g in range(self.heads)]
+        self.seen = [self.seen[b] for b in sequences]
+
+    def truncate(self, num_tokens):
+        self.rows = [row[: len(row) - num_tokens] if num_tokens else row for row in self.rows]
+        self.seen = [seen - num_tokens for seen in self.seen]
+
     def keep(self, indices):
         self.rows = [[row[i] for i in kept.tolist()] for row, kept in zip(self.rows, indices, strict=True)]
 
 
 def assert_same(rows, expected):
     rows.check_integrity()
-    padded, positions = rows.kept(), rows.positions()
+    kept, positions = rows.kept(), rows.positions()
+    stored = {row: tokens for block in rows.blocks for row, *tokens in zip(block.row_ids, *block.dense(), strict=True)}
     for r, row in enumerate(expected.rows):
         b, g = divmod(r, expected.heads)
         assert int(rows.lengths[b, g]) == len(row)
         assert positions[b][g].tolist() == [token[0] for token in row]
-        assert padded.keys[b, g, : len(row)].tolist() == [token[1] for token in row]
-        assert padded.values[b, g, : len(row)].tolist() == [token[2] for token in row]
-        assert padded.positions[b, g, : len(row)].tolist() == [token[0] for token in row]
-        assert not padded.valid[b, g, len(row) :].any()
+        assert stored[r][0].tolist() == [token[1] for token in row]
+        assert stored[r][1].tolist() == [token[2] for token in row]
+        assert kept.positions[b, g, : len(row)].tolist() == [token[0] for token in row]
+        assert not kept.valid[b, g, len(row) :].any()
     assert rows.seen == expected.seen
+
+
+def random_tokens(batch, heads, num_new, generator):
+    return [torch.randn(batch, heads, num_new, DIM, generator=generator) for _ in range(2)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 3), heads=st.integers(1, 3))
+def test_any_sequence_of_operations(data, batch, heads):
+    generator = torch.Generator().manual_seed(0)
+    rows = RaggedRows(batch, heads, torch.empty(0, DIM), torch.empty(0, DIM))
+    expected = ListRows(batch, heads)
+    for _ in range(data.draw(st.integers(1, 8))):
+        if data.draw(st.booleans()):
+            rows.table()  # from now on it must be kept up to date
+        match data.draw(st.sampled_from(["append", "append", "keep", "seal", "select", "repeat", "concat", "truncate", "fit"])):
+            case "append":
+                num_new = data.draw(st.integers(1, 40))
+                tokens = random_tokens(batch, heads, num_new, generator)
+                is_token = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.4, 1.0]))
+                rows.append(*tokens, TokenMask.of(is_token))
+                expected.append(*tokens, is_token)
+            case "keep":
+                indices = []
+                for row in expected.rows:
+                    count = data.draw(st.integers(0, len(row)))
+                    indices.append(torch.randperm(len(row), generator=generator)[:count].sort().values)
+                rows.keep(indices)
+                expected.keep(indices)
+            case "seal":
+                rows.seal(data.draw(st.sampled_from(["dense", "reversed"])))
+            case "select":
+                chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3))
+                rows, batch = rows.select(chosen), len(chosen)
+                expected.select(chosen)
+            case "repeat" if batch < 3:
+                rows, batch = rows.select([b for b in range(batch) for _ in range(2)]), 2 * batch
+                expected.select([b for b in range(batch // 2) for _ in range(2)])
+            case "concat" if batch < 3:
+                rows, batch = RaggedRows.concat([rows.select([0]), rows]), batch + 1
+                expected.select([0, *range(batch - 1)])
+            case "truncate":
+                free = min(seen - at for seen, at in zip(rows.seen, rows.seen_at_eviction, strict=True))
+                num_tokens = data.draw(st.integers(0, free))
+                rows.truncate(num_tokens)
+                expected.truncate(num_tokens)
+            case "fit":
+                rows.fit()
+        assert_same(rows, expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 3), heads=st.integers(1, 3))
-def test_any_sequence_of_appends_and_evictions(data, batch, heads):
+def test_an_interrupted_pass_can_be_undone_whatever_it_did(data, batch, heads):
     generator = torch.Generator().manual_seed(0)
-    rows = RaggedRows(batch, heads, torch.empty(0, DIM), torch.empty(0, DIM))
-    expected = ListRows(batch, heads)
-    for _ in range(data.draw(st.integers(1, 5))):
-        num_new = data.draw(st.integers(1, 40))
-        keys = torch.randn(batch, heads, num_new, DIM, generator=generator)
-        values = torch.randn(batch, heads, num_new, DIM, generator=generator)
-        is_token = torch.rand(batch, num_new, generator=generator) < data.draw(st.sampled_from([0.4, 1.0]))
-        rows.append(keys, values, None if bool(is_token.all()) else is_token)
-        expected.append(keys, values, is_token)
-        assert_same(rows, expected)
-        if data.draw(st.booleans()):
-            indices = []
-            for row in expected.rows:
-                count = data.draw(st.integers(0, len(row)))
-                indices.append(torch.randperm(len(row), generator=generator)[:count].sort().values)
-            rows.keep(indices)
-            expected.keep(indices)
-            assert_same(rows, expected)
+    rows = full_rows(30, batch, heads)
+    rows.keep([torch.arange(data.draw(st.integers(1, 30))) for _ in range(batch * heads)])
+    rows.seal(data.draw(st.sampled_from(["dense", "reversed"])))
+    before, seen = rows.positions(), list(rows.seen)
+    is_token = torch.rand(batch, 9, generator=generator) < 0.7
+    rows.append(*random_tokens(batch, heads, 9, generator), TokenMask.of(is_token))
+    kept = [torch.arange(len(row)) for sequence in rows.positions() for row in sequence]
+    if data.draw(st.booleans()):
+        kept = [row[torch.rand(len(row), generator=generator) < 0.5] for row in kept]
+        rows.keep(kept)
+    rows.drop_since(seen)
+    rows.check_integrity()
+    assert rows.seen == seen
+    for r, (chosen, old) in enumerate(zip(kept, [row for sequence in before for row in sequence], strict=True)):
+        b, g = divmod(r, heads)
+        assert rows.positions()[b][g].tolist() == old[chosen[chosen < len(old)]].tolist()
+    rows.append(*random_tokens(batch, heads, 2, generator))
+    rows.check_integrity()
 
 
 def full_rows(length, batch=1, heads=2):
@@ -77,13 +137,13 @@ def full_rows(length, batch=1, heads=2):
 def test_equal_rows_are_one_dense_view():
     rows = full_rows(100)
     assert len(rows.blocks) == 1
-    assert rows.kept().keys.data_ptr() == rows.blocks[0].keys.data_ptr()
+    assert rows.blocks[0].dense()[0].data_ptr() == rows.blocks[0].tail.tensors["keys"].data_ptr()
 
 
 def test_two_lengths_are_two_blocks():
     rows = full_rows(100, heads=4)
     rows.keep([torch.arange(100), torch.arange(20), torch.arange(100), torch.arange(80, 100)])
-    assert [(block.rows, block.length) for block in rows.blocks] == [([1, 3], 20), ([0, 2], 100)]
+    assert [(block.row_ids, block.length) for block in rows.blocks] == [([1, 3], 20), ([0, 2], 100)]
 
 
 def test_nbytes_is_what_the_storage_holds():
@@ -100,10 +160,10 @@ def test_appending_does_not_copy_every_time():
     moves, last = 0, None
     for _ in range(1000):
         rows.append(torch.randn(1, 2, 1, DIM), torch.randn(1, 2, 1, DIM))
-        moves += rows.blocks[0].keys.data_ptr() != last
-        last = rows.blocks[0].keys.data_ptr()
+        moves += rows.blocks[0].dense()[0].data_ptr() != last
+        last = rows.blocks[0].dense()[0].data_ptr()
     assert moves < 10
-    assert rows.blocks[0].capacity <= grown_capacity(2000)
+    assert rows.blocks[0].tail.capacity <= grown_capacity(2000)
 
 
 def test_truncating_takes_back_what_came_after_the_last_eviction():
@@ -129,3 +189,39 @@ def test_storage_can_be_written_to_in_and_out_of_inference_mode():
         rows.keep([torch.arange(5)] * 2)
     rows.append(torch.randn(1, 2, 1, DIM), torch.randn(1, 2, 1, DIM))
     rows.check_integrity()
+
+
+def test_sealed_tokens_are_shared_and_counted_as_what_they_take():
+    rows = full_rows(100)
+    rows.seal("reversed")
+    assert rows.nbytes == 2 * 100 * 2 * DIM * 4  # no room to grow, no positions
+    assert [segment.format for segment in rows.blocks[0].segments] == ["reversed", "dense"]
+    rows.append(*[torch.randn(1, 2, 3, DIM)] * 2)
+    rows.seal("dense")
+    assert [segment.format for segment in rows.blocks[0].segments] == ["dense"]
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="unknown format 'int3'; available: dense, reversed"):
+        full_rows(10).seal("int3")
+
+
+def test_the_table_says_where_every_row_lies():
+    rows = full_rows(100, heads=4)
+    rows.keep([torch.arange(100), torch.arange(20), torch.arange(100), torch.arange(80, 100)])
+    rows.seal("reversed")
+    rows.append(*[torch.randn(1, 4, 4, DIM)] * 2)
+    rows.append(*[torch.randn(1, 4, 1, DIM)] * 2)
+    table = rows.table()
+    assert table.format_names == ("reversed", "dense")
+    assert table.lengths.tolist() == [[100, 5], [20, 5], [100, 5], [20, 5]]
+    assert table.formats.tolist() == [[0, 1]] * 4
+    block = rows.blocks[0]
+    assert block.row_ids == [1, 3]
+    first, second = block.dense()[0][:, -1]
+    keys = block.tail.tensors["keys"]
+    assert table.addresses[[1, 3], 1, 0].tolist() == [keys[0].data_ptr(), keys[1].data_ptr()]
+    assert not torch.equal(first, second)
+    same = rows.table()
+    rows.append(*[torch.randn(1, 4, 1, DIM)] * 2)
+    assert rows.table() is same and same.lengths[0].tolist() == [100, 6]

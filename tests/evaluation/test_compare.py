@@ -185,14 +185,12 @@ def test_a_task_of_ones_own(demo, monkeypatch):
         def score(self, question, answer):
             return 0.5
 
-    monkeypatch.setattr("pikv.evaluation.tasks.base.TASKS", dict(TASKS))
+    monkeypatch.setattr(TASKS, "_things", dict(TASKS._things))
     register_task("half")(HalfRight)
     found = run(demo, methods="none", task="half", repeats=1, long_context_length=256)
     assert found.quality[0].accuracy == 0.5
     low, high = found.quality[0].interval
     assert low < 0.5 < high
-    with pytest.raises(ValueError, match="there is a task 'half' already"):
-        register_task("half")(HalfRight)
 
 
 @pytest.mark.parametrize(

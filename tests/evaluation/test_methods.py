@@ -2,7 +2,7 @@
 
 import pytest
 
-from pikv.evaluation.methods import parse_methods, parts_of, split_outside_brackets
+from pikv.evaluation.methods import parse_methods, parts_of
 from pikv.presses import list_presses
 from pikv.presses.moe import MoERouterPress
 
@@ -13,8 +13,15 @@ def test_all_stands_for_every_press():
     assert "snapkv:0.75" in [method.name for method in parse_methods("all")]
 
 
-def test_commas_in_brackets_do_not_separate():
-    assert split_outside_brackets("a(b,(c,d)),e", ",") == ["a(b,(c,d))", "e"]
+def test_a_press_in_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "my_press.py"
+    path.write_text(
+        'from pikv.scoring.base import Scorer\n\n\nclass NewestPress(Scorer):\n    """Keeps the newest."""\n\n'
+        "    def score(self, view):\n        return view.kept.positions.float()\n"
+    )
+    names = [method.name for method in parse_methods(f"none,{path}:NewestPress:0.75,adakv(h2o):0.5")]
+    assert names == ["none", f"{path}:NewestPress:0.75", "adakv(h2o):0.5"]
+    assert parse_methods(f"{path}:NewestPress:0.75")[1].press().compression_ratio == 0.75
 
 
 def test_repeated_and_blank_methods_count_once():

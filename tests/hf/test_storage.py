@@ -4,6 +4,11 @@ import inspect
 import json
 import os
 import stat
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+import formats  # noqa: F401 - registers one
 from pikv import PiKVCache
+from pikv.cache.tokens import TokenMask
 from pikv.hf.forward_pass import ForwardPass
 from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.layers import PiKVLayer
@@ -90,10 +97,12 @@ def assert_same(found, expected):
     assert (found.nbytes, found.dense_nbytes) == (expected.nbytes, expected.dense_nbytes)
     assert len(found) == len(expected)
     for layer in range(len(expected)):
-        one, other = found.rows(layer).kept(), expected.rows(layer).kept()
-        for name in ("keys", "values", "positions", "lengths"):
-            assert getattr(one, name).dtype == getattr(other, name).dtype
-            assert torch.equal(getattr(one, name), getattr(other, name))
+        one, other = found.rows(layer), expected.rows(layer)
+        for block, same in zip(one.blocks, other.blocks, strict=True):
+            assert block.row_ids == same.row_ids
+            assert [segment.format for segment in block.segments] == [segment.format for segment in same.segments]
+            tensors = zip((*block.dense(), block.kept_positions()), (*same.dense(), same.kept_positions()), strict=True)
+            assert all(tensor.dtype == twin.dtype and torch.equal(tensor, twin) for tensor, twin in tensors)
 
 
 @torch.no_grad()
@@ -120,7 +129,7 @@ def test_data_types_stay(dtype, tmp_path):
     model = build("llama").to(dtype)
     cache = ragged(model)
     loaded = reload(cache, model, tmp_path / "cache")
-    assert loaded.rows(0).blocks[0].keys.dtype == dtype
+    assert loaded.rows(0).dtype == dtype
     assert_same(loaded, cache)
     assert all(torch.equal(*pair) for pair in zip(go_on(model, loaded), go_on(model, cache), strict=True))
 
@@ -162,7 +171,7 @@ def test_only_live_tokens_are_written(llama, tmp_path):
     cache.save(tmp_path / "cache")
     tensors = load_file(tmp_path / "cache")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        f"{layer}.0.{name}": (4, 10, 16) for layer in range(3) for name in ("keys", "values")
+        f"{layer}.0.0.{name}": (4, 10, 16) for layer in range(3) for name in ("keys", "values")
     }
     evict_at_random(cache)
     cache.save(tmp_path / "cache")
@@ -187,7 +196,7 @@ def test_a_loaded_cache_does_not_hang_on_its_file(llama, tmp_path):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_any_rows_are_had_back(data, batch, heads, tmp_path):
-    config = LlamaConfig(num_hidden_layers=2)
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=4 * heads)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     cache = PiKVCache(config)
 
@@ -195,11 +204,12 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
         cache.layers[0].forward_pass.serial += 1
         for layer in cache.layers:
             layer.get_mask_sizes(num_new)
-        cache.forward_pass.is_token = is_token
+        cache.forward_pass.mask = None if is_token is None else TokenMask.of(is_token)
         tokens = torch.randn(2, batch, heads, num_new, 4, generator=torch.Generator().manual_seed(seed))
         for layer in cache.layers:
             layer.is_handed_over = False
             layer.update(tokens[0], tokens[1])
+            layer.forward_pass.finish()
 
     for turn in range(data.draw(st.integers(1, 3))):
         num_new = data.draw(st.integers(1, 30))
@@ -211,6 +221,8 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
             kept = [(torch.rand(n, generator=generator) < p).nonzero().flatten() for n, p in zip(lengths, share, strict=True)]
             if data.draw(st.booleans()):
                 cache.rows(layer).keep(kept)
+            if data.draw(st.booleans()):
+                cache.rows(layer).seal("reversed")
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", config)
     for _ in range(2):
@@ -218,7 +230,6 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
         for one, other in zip(loaded.layers, cache.layers, strict=True):
             assert (one.columns, one.columns_at_padding) == (other.columns, other.columns_at_padding)
             assert (one.rows.seen, one.rows.seen_at_eviction) == (other.rows.seen, other.rows.seen_at_eviction)
-            assert [block.rows for block in one.rows.blocks] == [block.rows for block in other.rows.blocks]
             for num_tokens in (0, 1, 5, 50):
                 assert one.can_crop(num_tokens) == other.can_crop(num_tokens)
         for each in (cache, loaded):
@@ -255,7 +266,8 @@ def test_layers_of_two_kinds_share_a_file(tmp_path):
     forward_pass = ForwardPass()
 
     def new():
-        return [PiKVLayer(forward_pass), DynamicSlidingWindowLayer(sliding_window=8)]
+        forward_pass.layers = [PiKVLayer(forward_pass)]
+        return [*forward_pass.layers, DynamicSlidingWindowLayer(sliding_window=8)]
 
     tokens = torch.randn(2, 2, 3, 12, 4)
     layers = new()
@@ -263,13 +275,14 @@ def test_layers_of_two_kinds_share_a_file(tmp_path):
     forward_pass.begin(None)
     for layer in layers:
         layer.update(*tokens)
+    forward_pass.finish()
     write_layers(tmp_path / "cache", layers, config)
     loaded = new()
     saved = read_layers(tmp_path / "cache", config)
     assert [packed.kind for packed in saved] == ["ragged", "sliding"]
     for layer, packed in zip(loaded, saved, strict=True):
         unpack_layer(layer, packed, "cpu")
-    assert torch.equal(loaded[0].rows.kept().keys, tokens[0])
+    assert torch.equal(loaded[0].rows.blocks[0].dense()[0], tokens[0].flatten(0, 1))
     assert torch.equal(loaded[1].values, tokens[1][:, :, -7:])
     assert loaded[1].cumulative_length == 12
     with pytest.raises(ValueError, match="a sliding layer was saved where this model has a ragged layer"):
@@ -406,22 +419,22 @@ def test_files_that_are_no_caches_are_refused(saved, llama, tmp_path):
         refusal(saved, llama)
 
 
-@pytest.mark.parametrize("version", ["2", "0", "one", ""])
+@pytest.mark.parametrize("version", ["3", "0", "one", ""])
 def test_unknown_versions_are_refused(saved, llama, version):
     rewrite(saved, version=version)
-    assert f"format version is {version}, PiKV " in refusal(saved, llama)
+    assert f"format version is {version}, this release reads 1 and 2" in refusal(saved, llama)
 
 
 def test_damaged_contents_are_refused(saved, llama):
     intact = saved.read_bytes()
-    keys = load_file(saved)["0.0.keys"]
-    spoilt = load_file(saved)["2.1.keys"].clone()
+    keys = load_file(saved)["0.0.0.keys"]
+    spoilt = load_file(saved)["2.1.0.keys"].clone()
     spoilt[-1, -1, -1] += 1e-6
     for changes, reason in [
-        (dict(drop=["1.0.values"]), "tensor 1.0.values is missing"),
-        (dict(tensors={"2.1.keys": spoilt}), "tensor 2.1.keys does not match"),
-        (dict(tensors={"0.0.keys": keys.reshape(-1).clone()}), "tensor 0.0.keys does not match"),
-        (dict(tensors={"0.0.keys": keys.to(torch.float64)}), "tensor 0.0.keys does not match"),
+        (dict(drop=["1.0.0.values"]), "tensor 1.0.0.values is missing"),
+        (dict(tensors={"2.1.0.keys": spoilt}), "tensor 2.1.0.keys does not match"),
+        (dict(tensors={"0.0.0.keys": keys.reshape(-1).clone()}), "tensor 0.0.0.keys does not match"),
+        (dict(tensors={"0.0.0.keys": keys.to(torch.float64)}), "tensor 0.0.0.keys does not match"),
         (dict(contents="{}"), "contents does not match"),
         (dict(contents="no json"), "contents does not match"),
         (dict(checksum=""), "contents does not match"),
@@ -461,5 +474,116 @@ def test_a_changed_byte_is_noticed(saved, llama, share, in_header, flip):
 def test_contents_say_who_wrote_them(saved):
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"]) == ("pikv-cache", "1")
+    assert (metadata["format"], metadata["version"]) == ("pikv-cache", "2")
     assert json.loads(metadata["contents"])["pikv"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_files_of_the_first_version_are_read(family):
+    """They were written by release 0.1.0 before there were segments: SnapKV, then every other row cut to a half."""
+    model = build(family)
+    path = Path(__file__).parent / "data" / f"version1-{family}.safetensors"
+    cache = PiKVCache.load(path, model.config)
+    cache.check_integrity()
+    assert [[len(row) for row in heads] for heads in cache.positions(1)] == [[14, 7, 14, 7], [9, 5, 9, 5]]
+    ids, mask = batch_of([24, 15])
+    expected = PiKVCache(model.config)
+    with SnapKVPress(0.4, window_size=4)(model):
+        model(ids, attention_mask=mask, past_key_values=expected)
+    indices = [torch.arange(n)[:: 2 if row % 2 else 1] for row, n in enumerate(expected.lengths(1).flatten().tolist())]
+    expected.rows(1).keep(indices)
+    ids, _ = batch_of([7, 7], seed=7)
+    for new in (ids, ids[:, :1]):
+        found, logits = (model(new, past_key_values=each).logits for each in (cache, expected))
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
+
+
+def edited(path, edit):
+    """Changes the description of a file's contents, with the checksum that belongs to it."""
+    with safe_open(path, framework="pt") as file:
+        contents = json.loads(file.metadata()["contents"])
+    edit(contents["layers"][0]["state"])
+    text = json.dumps(contents)
+    rewrite(path, contents=text, checksum=f"{zlib.crc32(text.encode()):08x}")
+
+
+EDITS = {
+    "no seen": lambda state: state.pop("seen"),
+    "seen is text": lambda state: state.update(seen="many"),
+    "less seen than held": lambda state: state.update(seen=[1] * len(state["seen"])),
+    "more seen than columns": lambda state: state.update(seen=[10**6] * len(state["seen"])),
+    "a capacity of petabytes": lambda state: state["blocks"][0]["segments"][0].update(capacity=10**15),
+    "a negative capacity": lambda state: state["blocks"][0]["segments"][0].update(capacity=-1),
+    "an unknown format": lambda state: state["blocks"][0]["segments"][0].update(format="int3"),
+    "a row twice": lambda state: state["blocks"][0].update(row_ids=[0] * len(state["blocks"][0]["row_ids"])),
+    "rows of another layer": lambda state: state["blocks"][0].update(
+        row_ids=[row + 1 for row in state["blocks"][0]["row_ids"]]
+    ),
+    "no blocks": lambda state: state.update(blocks=[]),
+    "other heads": lambda state: state.update(num_kv_heads=2),
+    "no heads": lambda state: state.update(num_kv_heads=0),
+    "padding behind the end": lambda state: state.update(columns_at_padding=10**6),
+    "columns of another layer": lambda state: state.update(columns=state["columns"] + 1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edited_descriptions_are_refused_whatever_their_checksum(saved, llama, edit):
+    edited(saved, edit)
+    refusal(saved, llama)
+
+
+def test_positions_that_do_not_ascend_are_refused(saved, llama):
+    with safe_open(saved, framework="pt") as file:
+        contents = json.loads(file.metadata()["contents"])
+    name, positions = max(((n, t) for n, t in load_file(saved).items() if "positions" in n), key=lambda pair: pair[1].shape[1])
+    positions = positions.flip(1).contiguous()
+    contents["tensors"][name]["checksum"] = f"{zlib.crc32(positions.numpy()):08x}"
+    text = json.dumps(contents)
+    rewrite(saved, tensors={name: positions}, contents=text, checksum=f"{zlib.crc32(text.encode()):08x}")
+    assert "do not ascend" in refusal(saved, llama)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(llama, tmp_path):
+    caches = [read(llama, [12]), read(llama, [300])]
+    path = tmp_path / "cache"
+    caches[0].save(path)
+    stop = threading.Event()
+
+    def replace():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            caches[number % 2].save(path)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        lengths = {PiKVCache.load(path, llama.config).get_seq_length() for _ in range(60)}
+    finally:
+        stop.set()
+        writer.join()
+    assert lengths <= {12, 300}
+
+
+def test_links_are_followed_and_devices_left_alone(llama, tmp_path):
+    cache = read(llama, [12])
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "cache")
+    cache.save(link)
+    assert link.is_symlink()
+    assert_same(PiKVCache.load(tmp_path / "there" / "cache", llama.config), cache)
+    with pytest.raises(ValueError, match="no regular file"):
+        cache.save("/dev/null")
+
+
+def test_what_a_killed_process_left_is_removed(llama, tmp_path):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    left, busy = (tmp_path / f".cache.{pid}.part" for pid in (finished.pid, os.getppid()))
+    left.write_bytes(b"half")
+    busy.write_bytes(b"half")
+    read(llama, [12]).save(tmp_path / "cache")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", busy.name])

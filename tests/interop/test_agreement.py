@@ -11,9 +11,9 @@ import torch
 from peer import our_kept, peer_kept
 
 from pikv import presses
-from pikv.budget.pyramid import pyramid_counts
 from pikv.core import LayerView
-from pikv.scoring.observed import ObservedAttentionScorer
+from pikv.presses.h2o import ObservedAttentionScorer
+from pikv.presses.pyramidkv import pyramid_counts
 from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of, build
 

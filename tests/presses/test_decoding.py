@@ -39,6 +39,22 @@ def test_decoding_under_a_press_matches_the_oracle(family, name):
     assert_matches_oracle(build(family), DECODING[name](), turns, steps=9, decode_under_press=True)
 
 
+def test_position_ids_may_come_in_one_step_and_not_in_the_next(llama):
+    """With them a model makes position embeddings for each sequence, without them one for all."""
+    press = DecodingPress(SnapKVPress(window_size=4), target_size=12, compression_interval=4, buffer_size=4)
+    kept = []
+    for says_positions in (lambda step: step % 2 == 0, lambda step: True):
+        cache = PiKVCache(llama.config)
+        with press(llama), torch.no_grad():
+            llama(batch_of([20, 20])[0], past_key_values=cache)
+            for step in range(4):
+                positions = {"position_ids": torch.full((2, 1), 20 + step)} if says_positions(step) else {}
+                llama(torch.full((2, 1), 5 + step), past_key_values=cache, **positions)
+        kept.append([row.tolist() for layer in range(3) for heads in cache.positions(layer) for row in heads])
+    assert kept[0] == kept[1]
+    assert {len(row) for row in kept[0]} == {12}
+
+
 def test_heads_are_cut_down_after_every_interval(llama):
     press = DecodingPress(StreamingLLMPress(sink_size=2), target_size=20, compression_interval=4)
     lengths = []

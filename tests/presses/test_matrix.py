@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import PRESSES
 
+from formats import FormatPress
 from oracle import assert_as_close_as_the_model_itself, assert_matches_oracle
 from tiny import FAMILIES, REFUSED, batch_of, build
 
@@ -48,3 +49,16 @@ def test_conversation(family, dtype, press):
 @pytest.mark.parametrize("family", REFUSED)
 def test_conversation_refused(family):
     pytest.skip(f"{REFUSED[family][1]} (refused by name: tests/hf/test_support.py)")
+
+
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
+@pytest.mark.parametrize("press", PRESSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conversation_in_another_format(family, press):
+    """What stays is stored in the tests' own format after every turn: nobody may read tokens behind the contract's back."""
+    cache = assert_matches_oracle(
+        model_of(family, "float32"), FormatPress(PRESSES[press]()), conversation(), STEPS, chunk_size=16
+    )
+    for layer in cache.ragged_layers:
+        formats = {segment.format for block in cache.rows(layer).blocks for segment in block.segments}
+        assert formats == {"reversed", "dense"}

@@ -4,13 +4,25 @@ import pytest
 
 from pikv import get_press, list_presses
 from pikv.presses import ComposedPress, DuoAttentionPress, MoERouterPress, SnapKVPress, from_kvpress
-from pikv.presses.registry import describe_press
+from pikv.presses.catalog import GROUPS, catalog
+from pikv.presses.registry import press_info
 
 
 @pytest.mark.parametrize("name", list_presses())
 def test_every_name_builds_a_press_with_a_description(name):
     assert get_press(name) is not get_press(name)
-    assert len(describe_press(name)) > 20
+    assert len(press_info(name).description) > 20
+
+
+@pytest.mark.parametrize("name", list_presses())
+def test_what_is_read_from_the_files_is_what_they_register(name):
+    assert press_info(name) == catalog()[name]
+
+
+def test_presses_are_listed_by_group():
+    assert list_presses()[:3] == ["none", "random", "streaming"]
+    groups = [press_info(name).group for name in list_presses()]
+    assert groups == sorted(groups, key=GROUPS.index)
 
 
 def test_options_and_ratios():
@@ -37,11 +49,30 @@ def test_options_and_ratios():
         ("duo+eplb", {"compression_ratio": 0.5}, "options apply to single presses"),
         ("duo:0.5", {"compression_ratio": 0.5}, "names a ratio already"),
         ("knorm", {"window": 3}, "unexpected keyword argument 'window'"),
+        ("snapkv:0.5", {"budget": 7}, "'snapkv:0.5' names a ratio, which budget=7 would replace"),
+        ("adakv(h2o):0.5", {"max_bytes": 7000}, "names a ratio, which max_bytes=7000 would replace"),
+        ("snapkv", {"budget": 1.5}, r"budget \(tokens per KV head\) must be a whole number of at least 1, not 1.5"),
+        ("snapkv", {"budget": True}, "must be a whole number of at least 1, not True"),
+        ("snapkv", {"budget": 10**30}, "must be a whole number of at least 1 and at most"),
+        ("snapkv", {"max_bytes": float("nan")}, "max_bytes must be a whole number of at least 1, not nan"),
+        ("snapkv", {"window_size": 1.5}, "window_size must be a whole number of at least 1, not 1.5"),
+        ("snapkv", {"kernel_size": 4}, "kernel_size must be odd, not 4"),
+        ("streaming", {"sink_size": 0.5}, "sink_size must be a whole number of at least 0"),
+        ("noncausal", {"chunk_size": 2.5}, "chunk_size must be a whole number"),
+        ("kvzip", {"chunk_size": 2.5}, "chunk_size must be a whole number"),
+        ("duo", {"recent_size": 2.5}, "recent_size must be a whole number"),
+        ("snapkv:nan", {}, "must be at least 0 and less than 1, not nan"),
+        ("adakv(" * 500 + "snapkv" + ")" * 500, {}, "has more than 20 presses around each other"),
+        ("adakv(snapkv", {}, "expected name"),
+        ("a" * 1_000_000, {}, "has 1000000 characters, more than 4096"),
+        ("snapkv+" * 100_000, {}, "has 700000 characters, more than 4096"),
+        (None, {}, "specified by a text"),
     ],
 )
 def test_bad_specifications(spec, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         get_press(spec, **options)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is installed")

@@ -8,7 +8,8 @@ import torch
 import pikv
 from pikv import PiKVCache
 from pikv.presses import CAKEPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
-from pikv.scoring.reconstruction import ReconstructionScorer
+from pikv.presses.kvzip import ReconstructionScorer
+from pikv.scoring.token_state import TokenState
 from tiny import batch_of, build
 
 
@@ -52,6 +53,33 @@ def test_the_cache_holds_what_it_should_and_no_more(llama):
     compressed = read(llama, PyramidKVPress(0.5), PiKVCache(llama.config), 400)
     assert cache.nbytes <= 1.01 * compressed.nbytes
     assert cache.get_seq_length() == 400
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"), [("streaming:0.1+kvzip:0.01", 3), ("keydiff:0+criticalkv(kvzip):0", 40), ("keydiff:0+kvzip:0", 40)]
+)
+def test_in_a_composition_that_takes_nothing_nothing_is_read_again(llama, spec, length):
+    calls = calls_of(llama)
+    cache = read(llama, pikv.get_press(spec), PiKVCache(llama.config), length)
+    assert len(calls) == 1
+    assert cache.lengths(0).tolist() == [[length] * 4]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_scores_are_noted_for_the_tokens_that_stay_only(llama, layerwise):
+    cache = read(llama, KVzipPress(0.75, prompt="", layerwise=layerwise), PiKVCache(llama.config), 400)
+    for layer in range(3):
+        (noted,) = [state for state in cache.state(layer).values() if isinstance(state, TokenState)]
+        longest = int(cache.lengths(layer).max())
+        assert noted.positions.shape == noted.values.shape == (1, 4, longest)
+        assert noted.positions.element_size() + noted.values.element_size() == 8
+        for g, positions in enumerate(cache.positions(layer)[0]):
+            own = noted.positions[0, g, : len(positions)]
+            assert own.tolist() == positions.tolist()
+            assert (
+                noted.at(positions.view(1, 1, -1).expand(1, 4, -1), -1.0)[0, g].tolist()
+                == noted.values[0, g, : len(positions)].tolist()
+            )
 
 
 def test_nothing_is_read_again_where_nothing_has_to_go(llama):

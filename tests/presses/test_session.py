@@ -16,6 +16,7 @@ from pikv.presses import (
     KnormPress,
     MoERouterPress,
     NoCompressionPress,
+    NonCausalAttentionPress,
     SnapKVPress,
     StreamingLLMPress,
 )
@@ -56,6 +57,28 @@ def test_a_press_used_twice_and_on_two_models_gives_the_same(press):
     kept_after(qwen, shared)
     assert kept_after(llama, shared) == first == kept_after(llama, press())
     assert kept_after(qwen, shared) == kept_after(qwen, press())
+
+
+@pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
+@every_press
+def test_under_autocast_decisions_are_computed_as_without(press):
+    """GPT-2's queries, keys and values all come in the lower precision."""
+    model = build("gpt2")
+    cache = PiKVCache(model.config)
+    with press()(model), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for seed in range(2):
+            ids, mask = batch_of([40, 25], seed)
+            model(ids, attention_mask=mask if seed == 0 else torch.cat([batch_of([40, 25])[1], mask], 1), past_key_values=cache)
+    for layer in range(3):
+        cache.rows(layer).check_integrity()
+
+
+def test_autocast_that_lowers_values_alone(llama):
+    """Queries and keys leave the rotary embedding in float32."""
+    cache = PiKVCache(llama.config)
+    with torch.no_grad(), NonCausalAttentionPress(0.5)(llama), torch.autocast("cpu", dtype=torch.bfloat16):
+        llama(batch_of([40])[0], past_key_values=cache)
+    assert cache.lengths(0).tolist() == [[20] * 4]
 
 
 def test_the_innermost_of_nested_presses_acts(llama):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv import PiKVCache
+from pikv import PiKVCache, prefill
 from pikv.presses import (
     AdaKVPress,
     BasePress,
@@ -164,6 +164,44 @@ def test_what_cannot_be_combined_is_refused(llama):
             pass
     with pytest.raises(ValueError, match="no rotary position embedding"), KeyRerotationPress(KnormPress())(build("gpt2")):
         pass
+
+
+def test_keys_are_turned_once_however_often_it_is_said(llama):
+    cut = StreamingLLMPress(0.5, sink_size=2)
+    once, twice = (read_with(llama, press) for press in (KeyRerotationPress(cut), KeyRerotationPress(KeyRerotationPress(cut))))
+    around = read_with(llama, KeyRerotationPress(ProtectedPress(KeyRerotationPress(cut), [(38, 40)])))
+    for layer in range(3):
+        expected = once.rows(layer).blocks[0].dense()[0]
+        assert torch.equal(twice.rows(layer).blocks[0].dense()[0], expected)
+        assert torch.equal(around.rows(layer).blocks[0].dense()[0], expected)
+
+
+def read_with(model, press):
+    cache = PiKVCache(model.config)
+    with press(model), torch.no_grad():
+        model(batch_of([40])[0], past_key_values=cache)
+    return cache
+
+
+def test_keys_are_turned_in_chunks_of_a_padded_batch_as_alone(llama):
+    """The first chunks hold nothing but padding of the shorter sequences."""
+    press = KeyRerotationPress(SnapKVPress(0.5, window_size=4))
+    ids, mask = batch_of([40, 9, 25])
+    together = PiKVCache(llama.config)
+    prefill(llama, ids, together, press, chunk_size=10, attention_mask=mask)
+    assert together.lengths(0).sum(1).tolist() == [80, 16, 48]
+    for b, start in enumerate((0, 31, 15)):
+        alone = PiKVCache(llama.config)
+        first = 10 - start % 10  # the chunks end at the same tokens
+        for piece in [ids[b : b + 1, start : start + first], *ids[b : b + 1, start + first :].split(10, dim=1)]:
+            prefill(llama, piece, alone, press, chunk_size=10)
+        for layer in range(3):
+            for g in range(4):
+                assert torch.equal(together.positions(layer)[b][g], alone.positions(layer)[0][g])
+            keys = {row: (block, i) for block in together.rows(layer).blocks for i, row in enumerate(block.row_ids)}
+            expected = alone.rows(layer).blocks[0].dense()[0]
+            found = torch.stack([keys[b * 4 + g][0].dense()[0][keys[b * 4 + g][1]] for g in range(4)])
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,16 @@
 """Scorers that look at attention, against their formulas in plain arithmetic."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from views import DIM, HEADS, KV_HEADS, SCALING, attention_of, ragged_view, rows_of
+from views import DIM, HEADS, KV_HEADS, SCALING, attention_of, keys_of, ragged_view, rows_of, values_of, with_call
 
 from pikv.attention.params import AttentionParams
 from pikv.hf.rotary import Rotary
-from pikv.scoring.expected import ExpectedAttentionScorer
-from pikv.scoring.last_query import LastQueryScorer
-from pikv.scoring.noncausal import NonCausalAttentionScorer
+from pikv.presses.expected import ExpectedAttentionScorer
+from pikv.presses.noncausal import NonCausalAttentionScorer
+from pikv.presses.tova import LastQueryScorer
 from tiny import build
 
 GROUP = HEADS // KV_HEADS
@@ -42,13 +41,13 @@ def queries_by_position(view, b):
 
 @every_params
 def test_the_last_querys_attention_is_the_mean_over_all_heads_of_the_layer(params):
-    view = replace(ragged_view(), params=params)
+    view = with_call(ragged_view(), params=params)
     scores = LastQueryScorer().score(view)
     for b in range(2):
         paid = {}
         for g in range(KV_HEADS):
             for head in range(g * GROUP, (g + 1) * GROUP):
-                weights = softmax([logit(params, view.queries[b, head, -1], key) for key in view.kept.keys[b, g] if key.any()])
+                weights = softmax([logit(params, view.queries[b, head, -1], key) for key in keys_of(view, b, g)])
                 for position, weight in zip(positions_of(view, b, g), weights, strict=True):
                     paid[position] = paid.get(position, 0.0) + weight / HEADS
         for g in range(KV_HEADS):
@@ -95,7 +94,7 @@ def expected_attention(view, b, g, turn, back, future, n_sink, use_covariance=Tr
     """The formula for one row; ``turn`` and ``back`` rotate a vector by a position."""
     place = positions_of(view, b, g)
     others = [i for i, position in enumerate(place) if position >= n_sink]
-    keys = view.kept.keys[b, g]
+    keys = keys_of(view, b, g)
     paid = [0.0] * len(place)
     for head in range(g * GROUP, (g + 1) * GROUP):
         queries = [back(view.queries[b, head, c], p) for p, c in queries_by_position(view, b) if p >= n_sink]
@@ -112,7 +111,7 @@ def expected_attention(view, b, g, turn, back, future, n_sink, use_covariance=Tr
         for i, weight in zip(others, softmax(logits), strict=True):
             paid[i] += weight / GROUP
     return [
-        None if i not in others else (paid[i] + epsilon) * float(view.kept.values[b, g, i].norm()) if use_vnorm else paid[i]
+        None if i not in others else (paid[i] + epsilon) * float(values_of(view, b, g)[i].norm()) if use_vnorm else paid[i]
         for i in range(len(place))
     ]
 
@@ -163,7 +162,7 @@ def test_expected_attention_of_a_context_of_sinks_only_is_finite():
 @every_params
 @pytest.mark.parametrize("size", [4, 10, 64])
 def test_noncausal_attention_within_chunks(params, size):
-    view = replace(ragged_view(), params=params)
+    view = with_call(ragged_view(), params=params)
     scores = NonCausalAttentionScorer(size).score(view)
     for b, g, valid in rows_of(view):
         place = positions_of(view, b, g)
@@ -174,10 +173,10 @@ def test_noncausal_attention_within_chunks(params, size):
             own = [column for position, column in queries if position // size == chunk] or [c for _, c in queries[:size]]
             for head in range(g * GROUP, (g + 1) * GROUP):
                 for column in own:
-                    weights = softmax([logit(params, view.queries[b, head, column], view.kept.keys[b, g, i]) for i in slots])
+                    weights = softmax([logit(params, view.queries[b, head, column], keys_of(view, b, g)[i]) for i in slots])
                     for i, weight in zip(slots, weights, strict=True):
                         mass[i] += weight / GROUP / len(own) * len(slots)
-        weighted = [0.0, *(m * float(v.norm()) for m, v in zip(mass, view.kept.values[b, g], strict=False)), 0.0]
+        weighted = [0.0, *(m * float(v.norm()) for m, v in zip(mass, values_of(view, b, g), strict=False)), 0.0]
         expected = [sum(weighted[i : i + 3]) / 3 for i in range(len(place))]
         torch.testing.assert_close(scores[b, g, valid], torch.tensor(expected))
 
@@ -185,7 +184,7 @@ def test_noncausal_attention_within_chunks(params, size):
 def test_noncausal_attention_of_a_whole_context_is_the_sum_over_its_queries():
     view = ragged_view(lengths=(16, 16, 9, 9), seen=(16, 9))
     scores = NonCausalAttentionScorer(16).score(view)
-    norms = view.kept.values[0, 0, :16].norm(dim=-1)
-    weights = (view.queries[0, :GROUP] @ view.kept.keys[0, 0, :16].T * SCALING).softmax(-1)
+    norms = values_of(view, 0, 0).norm(dim=-1)
+    weights = (view.queries[0, :GROUP] @ keys_of(view, 0, 0).T * SCALING).softmax(-1)
     raw = torch.nn.functional.pad(weights.sum(1).mean(0) * norms, (1, 1))
     torch.testing.assert_close(scores[0, 0, :16], raw.unfold(0, 3, 1).mean(1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from views import KV_HEADS, ragged_view, rows_of
+from views import KV_HEADS, keys_of, ragged_view, rows_of, stored_view
 
 from pikv.scoring.experts import EndsExpert
 from pikv.scoring.hooked import CompressionExpert
@@ -44,7 +44,7 @@ def test_every_row_may_keep_other_tokens():
     votes = CompressionExpert(largest).votes(view)
     for b, g, valid in rows_of(view):
         expected = torch.zeros(valid.stop)
-        expected[view.kept.keys[b, g, valid].norm(dim=-1).topk(4).indices] = 1
+        expected[keys_of(view, b, g).norm(dim=-1).topk(4).indices] = 1
         assert torch.equal(votes[b, g, valid], expected)
 
 
@@ -52,13 +52,11 @@ def test_every_row_may_keep_other_tokens():
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_tokens_are_told_apart_by_a_single_bit(dtype, part):
     """Of tokens that differ in the last bit of one number of their keys, or of their values, one is kept."""
-    view = ragged_view()
     keys, values = torch.ones(2, 2, 30, 8, dtype=dtype), torch.ones(2, 2, 30, 8, dtype=dtype)
     step = torch.finfo(dtype).eps
     for token in range(30):
         (keys if part == "keys" else values)[:, :, token, token % 8] += step * (1 + token // 8)
-    kept = type(view.kept)(keys=keys, values=values, positions=view.kept.positions, lengths=view.kept.lengths)
-    view = type(view)(**{**view.__dict__, "kept": kept})
+    view = stored_view(keys, values, lengths=(30, 20, 30, 7))
     votes = CompressionExpert(lambda keys, values: (keys[:, :, 3:4], values[:, :, 3:4])).votes(view)
     for b, g, valid in rows_of(view):
         assert votes[b, g, valid].nonzero().flatten().tolist() == [3]

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_attention_scorers import rotated, small_rotary
-from views import DIM, KV_HEADS, ragged_view, rows_of
+from views import DIM, KV_HEADS, keys_of, ragged_view, rows_of, stored_view, values_of, with_call
 
-from pikv.scoring.chance import ChanceScorer
+from pikv.presses.lagkv import LagScorer
+from pikv.presses.leverage import LeverageScorer
+from pikv.presses.qfilters import QueryFilterScorer
+from pikv.presses.random import RandomScorer
 from pikv.scoring.key_difference import KeyDifferenceScorer
-from pikv.scoring.lag import LagScorer
-from pikv.scoring.leverage import LeverageScorer
-from pikv.scoring.query_filter import QueryFilterScorer
 
 
 def assert_rows_equal(view, scores, formula, **tolerance):
@@ -24,7 +24,7 @@ def test_key_difference_is_the_negated_similarity_to_the_mean_direction():
     view = ragged_view()
 
     def formula(b, g, valid):
-        keys = view.kept.keys[b, g, valid]
+        keys = keys_of(view, b, g)
         anchor = sum(key / key.norm() for key in keys) / len(keys)
         return [-float(key @ anchor / key.norm() / anchor.norm()) for key in keys]
 
@@ -50,7 +50,7 @@ def test_lag(cross_scoring):
     view, sinks, lag = ragged_view(lengths=(30, 26, 29, 7)), 2, 6
     scores = LagScorer(sinks, lag, cross_scoring).score(view)
     for b, g, valid in rows_of(view):
-        keys, values, length = view.kept.keys[b, g, valid], view.kept.values[b, g, valid], valid.stop
+        keys, values, length = keys_of(view, b, g), values_of(view, b, g), valid.stop
         found = scores[b, g, valid].tolist()
         num_partitions = (length - sinks) // lag
         scored = max(0, num_partitions - 1) * lag
@@ -71,8 +71,10 @@ def test_lag(cross_scoring):
 
 
 def test_lag_of_channels_that_never_change_is_finite():
-    view = ragged_view(lengths=(30, 30, 30, 30))
-    view.kept.keys[..., 0] = 3.0
+    def edit(keys, values):
+        keys[..., 0] = 3.0
+
+    view = ragged_view(lengths=(30, 30, 30, 30), edit=edit)
     assert LagScorer(0, 5).score(view).isfinite().all()
 
 
@@ -84,7 +86,7 @@ def test_leverage_of_keys_before_rotation(sketch_dimension):
 
     def formula(b, g, valid):
         place = view.kept.positions[b, g, valid].tolist()
-        keys = torch.stack([rotated(key, -p) for key, p in zip(view.kept.keys[b, g, valid], place, strict=True)]).double()
+        keys = torch.stack([rotated(key, -p) for key, p in zip(keys_of(view, b, g), place, strict=True)]).double()
         keys = keys - keys.mean(0)
         if sketch_dimension < DIM:
             generator = torch.Generator().manual_seed(3 * 10_007 + view.layer_idx)
@@ -97,21 +99,24 @@ def test_leverage_of_keys_before_rotation(sketch_dimension):
 
 
 def test_leverage_of_repeated_and_of_enormous_keys_is_finite():
-    view = ragged_view()
-    view.kept.keys[0] = 1e9 * view.kept.keys[0, :, :1]
-    assert LeverageScorer().score(view).isfinite().all()
-    view.kept.keys[1, 0, 0, 0] = float("nan")
+    def repeat(keys, values):
+        keys[0] = 1e9 * keys[0, :, :1]
+
+    assert LeverageScorer().score(ragged_view(edit=repeat)).isfinite().all()
+
+    def spoil(keys, values):
+        repeat(keys, values)
+        keys[1, 0, -1, 0] = float("nan")
+
     with pytest.raises(ValueError, match="not finite"):
-        LeverageScorer().score(view)
+        LeverageScorer().score(ragged_view(edit=spoil))
 
 
 def test_query_filters_are_projections():
     view = replace(ragged_view(), rank=1)
     filters = torch.randn(2, KV_HEADS, DIM)
     scorer = QueryFilterScorer(lambda model: filters).bind(None)
-    assert_rows_equal(
-        view, scorer.score(view), lambda b, g, valid: [float(k @ filters[1, g]) for k in view.kept.keys[b, g, valid]]
-    )
+    assert_rows_equal(view, scorer.score(view), lambda b, g, valid: [float(k @ filters[1, g]) for k in keys_of(view, b, g)])
 
 
 def split_mix(state):
@@ -124,7 +129,7 @@ def split_mix(state):
 
 
 def test_chance_depends_on_seed_layer_head_and_position_only():
-    view = replace(ragged_view(), layer_idx=2)
+    view = with_call(ragged_view(), layer_idx=2)
     step, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
     def formula(b, g, valid):
@@ -136,14 +141,12 @@ def test_chance_depends_on_seed_layer_head_and_position_only():
             expected.append((state >> 40) / (1 << 24))
         return expected
 
-    assert_rows_equal(view, ChanceScorer(7).score(view), formula)
+    assert_rows_equal(view, RandomScorer(7).score(view), formula)
 
 
 def test_chance_is_even():
-    positions = torch.arange(20_000).expand(1, 2, -1)
-    view = ragged_view()
-    view = replace(view, kept=replace(view.kept, positions=positions))
-    scores = ChanceScorer().score(view)
+    tokens = torch.zeros(1, 2, 20_000, 1)
+    scores = RandomScorer().score(stored_view(tokens, tokens))
     assert scores.mean() == pytest.approx(0.5, abs=0.01)
     assert torch.histc(scores, 10, 0, 1).min() > 3600  # of 4000
     assert abs(torch.corrcoef(scores[0])[0, 1]) < 0.03
@@ -159,5 +162,5 @@ def test_chance_is_even():
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match="must be at least"):
+    with pytest.raises(ValueError, match="must be a whole number of at least"):
         make()

@@ -1,11 +1,11 @@
 """Every scorer against its formula, row by row."""
 
 import torch
-from views import HEADS, KV_HEADS, attention_of, ragged_view, rows_of
+from views import HEADS, KV_HEADS, attention_of, keys_of, ragged_view, rows_of
 
+from pikv.presses.h2o import ObservedAttentionScorer
+from pikv.presses.knorm import KeyNormScorer
 from pikv.scoring.experts import EndsExpert, default_experts
-from pikv.scoring.key_norm import KeyNormScorer
-from pikv.scoring.observed import ObservedAttentionScorer
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import WindowScorer
 
@@ -19,7 +19,7 @@ def assert_rows_equal(view, scores, formula):
 
 def test_key_norm():
     view = ragged_view()
-    assert_rows_equal(view, KeyNormScorer().score(view), lambda b, g, valid: -view.kept.keys[b, g, valid].norm(dim=-1))
+    assert_rows_equal(view, KeyNormScorer().score(view), lambda b, g, valid: -keys_of(view, b, g).norm(dim=-1))
 
 
 def test_position_puts_sinks_first_then_the_newest():

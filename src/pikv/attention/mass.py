@@ -1,11 +1,13 @@
 """Attention mass: how much attention each cached token has got from a run of queries."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
 
-_BLOCK_ELEMENTS = 1 << 22  # attention scores that exist at a time
+_BLOCK_ELEMENTS = 1 << 22  # numbers that exist at a time
 _QUERIES_PER_TILE, _KEYS_PER_TILE = 256, 512  # a tile of scores that stays in the processor's cache
 
 
@@ -19,52 +21,65 @@ def attention_mass(
 ) -> Tensor:
     """Sums the attention probabilities of all queries, mean over the query heads of a group.
 
-    ``queries`` is ``[B, H, T, D]``, ``keys`` ``[B, G, L, D]``; ``key_positions`` ``[B, G, L]`` and ``query_positions``
-    ``[B, T]`` are true positions, -1 for what does not exist. A query sees the keys up to its own position. Works through
-    blocks: no ``[T, L]`` matrix ever exists. With the queries' ``logsumexp`` ``[B, H, T]``, where attention already computed
-    it, a causal prefill under a plain rule needs one pass and no softmax.
+    ``queries`` is ``[n, H / G, T, D]``, ``keys`` ``[n, L, D]``; ``key_positions`` ``[n, L]`` and ``query_positions`` ``[n, T]``
+    are true positions, -1 for what does not exist; ``params`` are those for the rows. A query sees the keys up to its own
+    position. Works through tiles: no ``[T, L]`` matrix ever exists. With the queries' ``logsumexp`` ``[n, H / G, T]``, where
+    attention already computed it, a causal prefill under plain parameters needs one pass and no softmax.
 
     Returns:
-        ``[B, G, L]`` (float32)
+        ``[n, L]`` (float32)
     """
-    if logsumexp is not None and params.is_plain and _is_plain_prefill(key_positions, query_positions):
-        return _mass_of_prefill(queries, keys, params.scaling, logsumexp)
-    batch, num_heads, num_queries, _ = queries.shape
-    heads, length = keys.shape[1:3]
+    num_rows, group, num_queries, dim = queries.shape
+    length = keys.shape[1]
+    is_fast = logsumexp is not None and params.is_plain and _is_plain_prefill(key_positions, query_positions)
+    num_at_once = max(1, _BLOCK_ELEMENTS // (num_rows * group * length))
+    mass = torch.zeros((num_rows, length), device=keys.device)
+    size = max(1, _BLOCK_ELEMENTS // ((dim + 1) * (length + (group * num_queries if is_fast else 0))))
+    for start in range(0, num_rows, size):
+        rows = slice(start, start + size)
+        if is_fast:
+            assert logsumexp is not None
+            mass[rows] = _mass_of_prefill(queries[rows], keys[rows], params.scaling, logsumexp[rows])
+        else:
+            sinks = None if params.sinks is None else params.sinks[rows]
+            of_rows = replace(params, sinks=sinks)
+            mass[rows] = _mass(queries[rows], keys[rows], key_positions[rows], query_positions[rows], of_rows, num_at_once)
+    return mass
+
+
+def _mass(
+    queries: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, params: AttentionParams, num_at_once: int
+) -> Tensor:
+    """For any tokens and parameters, ``num_at_once`` queries at a time."""
     keys = keys.float()
-    mass = torch.zeros((batch, heads, length), device=keys.device)
-    size = max(1, _BLOCK_ELEMENTS // (batch * num_heads * length))
-    for start in range(0, num_queries, size):
-        positions = query_positions[:, start : start + size]
-        # Keys beyond the block's newest query are seen by none of its queries.
-        reach = int((key_positions <= positions.max()).sum(2).max())
-        place = key_positions[:, :, None, :reach]
-        visible = (place >= 0) & (place <= positions[:, None, :, None])
-        weights = params.weights(queries[:, :, start : start + size], keys[:, :, :reach], visible)
-        mass[..., :reach] += weights.sum(3).mean(2)
+    mass = torch.zeros(keys.shape[:2], device=keys.device)
+    for start in range(0, queries.shape[2], num_at_once):
+        positions = query_positions[:, start : start + num_at_once]
+        # Keys beyond the newest of these queries are seen by none of them.
+        reach = int((key_positions <= positions.max()).sum(1).max())
+        place = key_positions[:, None, :reach]
+        visible = (place >= 0) & (place <= positions.unsqueeze(2))
+        weights = params.weights_of_rows(queries[:, :, start : start + num_at_once], keys[:, :reach], visible)
+        mass[:, :reach] += weights.sum(2).mean(1)
     return mass
 
 
 def _is_plain_prefill(key_positions: Tensor, query_positions: Tensor) -> bool:
     """Whether keys and queries are the same gapless tokens 0 to T - 1."""
     num_queries = query_positions.shape[1]
-    if key_positions.shape[2] != num_queries:
+    if key_positions.shape[1] != num_queries:
         return False
     # Positions ascend, so the two ends tell.
-    ends = (key_positions[..., 0] == 0).all() & (key_positions[..., -1] == num_queries - 1).all()
+    ends = (key_positions[:, 0] == 0).all() & (key_positions[:, -1] == num_queries - 1).all()
     return bool(ends & (query_positions[:, 0] == 0).all() & (query_positions[:, -1] == num_queries - 1).all())
 
 
 def _mass_of_prefill(queries: Tensor, keys: Tensor, scaling: float, logsumexp: Tensor) -> Tensor:
     """The probability of a score is exp(score - logsumexp); one more dimension lets the matrix product subtract."""
-    batch, num_heads, num_tokens, _ = queries.shape
-    heads = keys.shape[1]
-    group = num_heads // heads
-    rows = batch * heads
+    rows, group, num_tokens, _ = queries.shape
     extended = torch.cat([queries.float() * scaling, -logsumexp.float().unsqueeze(3)], dim=3)
-    extended = extended.view(rows, group, num_tokens, -1)
     ones = keys.new_ones((rows, num_tokens, 1), dtype=torch.float32)
-    transposed = torch.cat([keys.float().flatten(0, 1), ones], dim=2).transpose(1, 2)
+    transposed = torch.cat([keys.float(), ones], dim=2).transpose(1, 2)
     mass = torch.zeros((rows, num_tokens), device=keys.device)
     buffer = torch.empty(rows * group * _QUERIES_PER_TILE * _KEYS_PER_TILE, device=keys.device)
     for start in range(0, num_tokens, _QUERIES_PER_TILE):
@@ -82,4 +97,4 @@ def _mass_of_prefill(queries: Tensor, keys: Tensor, scaling: float, logsumexp: T
                 ).unsqueeze(1)
                 tile[:, :, edge - first :].masked_fill_(future, 0.0)
             mass[:, first:last] += tile.sum(1)
-    return (mass / group).view(batch, heads, num_tokens)
+    return mass / group

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,9 @@ class AttentionParams:
             return logits.softmax(-1).masked_fill(hidden, 0.0)
         total = logits.logsumexp(-1).logaddexp(self.sinks.float().unsqueeze(2))
         return (logits - total.unsqueeze(-1)).exp()
+
+    def to(self, device: torch.device) -> "AttentionParams":
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled and soft-capped products, ``[..., T, L]`` (float32), of queries ``[..., T, D]`` and keys ``[..., L, D]``."""

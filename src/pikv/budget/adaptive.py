@@ -4,27 +4,29 @@ import torch
 from torch import Tensor
 
 from pikv.budget.amount import Amount
-from pikv.budget.base import Budget, JointBudget
-from pikv.budget.heads import StreamingHeadBudget
+from pikv.budget.base import Budget
+from pikv.checks import check_share
 from pikv.core import LayerView
 
 
 class AdaptiveHeadBudget(Budget):
-    """Within each layer, keeps the tokens of the highest score over all heads together, as many as ``inner`` allots.
+    """Within each layer, keeps the tokens of the highest score over all heads together, as many as ``inner`` gives the layer.
 
-    Every head keeps at least the share ``safeguard`` of its own allotment, by its own scores.
+    Every head keeps at least the share ``safeguard`` of what ``inner`` gives it, by its own scores.
 
     Raises:
         ValueError: for a safeguard outside of [0, 1], or budgets that share out among heads by themselves.
     """
 
+    shares_among_heads = True
+
     def __init__(self, inner: Budget, safeguard: float = 0.2) -> None:
-        if not 0 <= safeguard <= 1:
-            raise ValueError(f"alpha_safeguard must lie between 0 and 1, not {safeguard!r}")
-        if isinstance(inner, JointBudget | StreamingHeadBudget):
+        check_share(safeguard, "alpha_safeguard")
+        if inner.shares_among_heads:
             raise ValueError("a budget that spans layers, or that chooses heads, shares out among heads by itself")
         self.inner = inner
         self.amount = inner.amount
+        self.needs = inner.needs
         self.safeguard = safeguard
 
     def target_lengths(self, view: LayerView) -> Tensor:

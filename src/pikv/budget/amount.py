@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pikv.cache.block import tokens_within
+from pikv.checks import check_count, check_ratio
 from pikv.core import LayerView
 
 
@@ -24,7 +25,7 @@ class Amount:
     """A ``ratio`` to remove, unless ``tokens`` to keep per row or ``max_bytes`` of the whole cache are given.
 
     Raises:
-        ValueError: for a ratio outside of [0, 1), fewer than 1 token or byte, or both tokens and bytes.
+        ValueError: for a ratio outside of [0, 1), tokens or bytes that are no whole number of at least 1, or both of them.
     """
 
     ratio: float = 0.0
@@ -35,10 +36,10 @@ class Amount:
         check_ratio(self.ratio)
         if self.tokens is not None and self.max_bytes is not None:
             raise ValueError("give a budget in tokens or max_bytes, not both")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"budget must be at least 1 token per KV head, not {self.tokens}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, not {self.max_bytes}")
+        if self.tokens is not None:
+            check_count(self.tokens, "budget (tokens per KV head)")
+        if self.max_bytes is not None:
+            check_count(self.max_bytes, "max_bytes")
 
     @classmethod
     def of(cls, compression_ratio: float, limits: Limits) -> "Amount":
@@ -82,13 +83,6 @@ class Amount:
         if self.max_bytes is not None:
             return min(1, num_tokens)
         return int(kept_tokens(torch.tensor(num_tokens), self.ratio))
-
-
-def check_ratio(ratio: float, name: str = "compression_ratio") -> float:
-    """Returns the ratio if it lies in [0, 1), else raises ValueError."""
-    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ValueError(f"{name} must be at least 0 and less than 1, not {ratio!r}")
-    return float(ratio)
 
 
 def kept_tokens(num_given: Tensor, ratio: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pikv.budget.amount import Amount
-from pikv.core import LayerView
+from pikv.core import LayerView, Needs
 
 
 class Budget(ABC):
@@ -16,8 +16,11 @@ class Budget(ABC):
     amount: Amount
     """How much the budget shares out."""
 
-    reads_queries = False
-    """Whether it looks at queries, beside scores."""
+    needs = Needs()
+    """What it looks at, beside lengths and scores."""
+
+    shares_among_heads = False
+    """Whether it says by itself what each head of a layer gets, so that nothing else can share out among heads."""
 
     @abstractmethod
     def target_lengths(self, view: LayerView) -> Tensor:
@@ -44,9 +47,13 @@ class Budget(ABC):
 class ScoredLayer:
     """A layer that was scored in the present pass: what budgets that span layers share out by.
 
-    ``scores`` is ``[B, G, L]`` of the tokens that the layer holds now, ``lengths`` and ``target_lengths`` ``[B, G]`` are how
-    many it holds and how many it would by equal shares, ``num_protected`` how many must stay; ``preference`` ``[B]`` is what
-    the budget made of the layer's view.
+    Attributes:
+        layer_idx: its number in the model
+        scores: of the tokens that the layer holds now, ``[B, G, L]``
+        lengths: how many each row holds, ``[B, G]``
+        target_lengths: how many each row would hold by equal shares, ``[B, G]``
+        num_protected: how many must stay, ``[B, G]``
+        preference: what the budget made of the layer's view, ``[B]``
     """
 
     layer_idx: int
@@ -59,6 +66,8 @@ class ScoredLayer:
 
 class JointBudget(Budget):
     """A budget that shares out over layers: as later ones become known, earlier ones may have to give tokens away."""
+
+    shares_among_heads = True
 
     def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
         # All layers or none: after another stage, what one layer was given says nothing about the next.

@@ -1,67 +1,94 @@
 """A block of cache rows that hold equally many tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pikv.attention.params import AttentionParams
+from pikv.attention.partial import merge_parts, with_sinks
+from pikv.cache.formats.base import Segment, format_named
+from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
 
-_GROWTH_SHARE = 8  # an overfull block grows by an eighth, so that appending stays O(1) per token on average
-_GROWTH_MIN = 16
 _POSITION_BYTES = 4
-_FIRST_SLACK_SHARE = 128  # room left beside tokens that were just stored: under 1% of their bytes
-
-
-def first_capacity(length: int) -> int:
-    """Tokens to allocate for ``length`` tokens that are stored at once."""
-    return length + length // _FIRST_SLACK_SHARE
 
 
 def tokens_within(nbytes: int, bytes_per_token: int) -> int:
     """The most tokens of ``bytes_per_token`` that one row can store at once, with their positions, in ``nbytes``."""
-    slots = nbytes // (bytes_per_token + _POSITION_BYTES)
-    return slots * _FIRST_SLACK_SHARE // (_FIRST_SLACK_SHARE + 1)
+    return fitting_length(nbytes // (bytes_per_token + _POSITION_BYTES))
 
 
-def grown_capacity(length: int) -> int:
-    """Tokens to allocate when a block has outgrown its capacity."""
-    return length + max(_GROWTH_MIN, length // _GROWTH_SHARE)
-
-
-@dataclass(eq=False)
 class RowBlock:
-    """``n`` rows of one layer, each with ``length`` tokens in a storage of ``capacity`` tokens.
+    """``n`` rows of one layer, each with ``length`` tokens, which lie in segments.
 
-    ``row_ids`` are the rows' numbers ``[n]`` (``r = b * G + g``), ascending; ``keys`` is ``[n, capacity, D]``, ``values``
-    ``[n, capacity, Dv]``. ``positions`` is ``[n, capacity]`` (int32), or None as long as nothing was evicted: then every row
-    holds the tokens 0 to ``length - 1``, and the next is ``length``. Slots from ``length`` on are not initialised.
+    The last segment is dense and grows; those before it are sealed, and none of them is empty. Positions are stored once
+    something was evicted; until then every row holds the tokens 0 to ``length - 1``.
+
+    Attributes:
+        row_ids: the rows' numbers ``[n]`` (``r = b * G + g``), ascending
+        sealed: the segments before the last
+        tail: the last segment
     """
 
-    row_ids: list[int]
-    keys: Tensor
-    values: Tensor
-    positions: Tensor | None
-    length: int
+    def __init__(
+        self, row_ids: list[int], sealed: Sequence[Segment], tail: DenseSegment, positions: Tensor | None = None
+    ) -> None:
+        """``positions`` are ``[n, length]`` (int32), or with room for more."""
+        self.row_ids = row_ids
+        self.sealed = list(sealed)
+        self.tail = tail
+        self._positions = positions
 
     @property
-    def capacity(self) -> int:
-        return self.keys.shape[1]
+    def segments(self) -> list[Segment]:
+        return [*self.sealed, self.tail]
+
+    @property
+    def length(self) -> int:
+        return self.num_sealed + self.tail.length
+
+    @property
+    def num_sealed(self) -> int:
+        """Tokens of each row in sealed segments."""
+        return sum(segment.length for segment in self.sealed)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Blocks of the same kind can be put into one."""
+        return tuple(segment.kind for segment in self.segments)
+
+    @property
+    def has_positions(self) -> bool:
+        return self._positions is not None
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.keys, self.values) if self.positions is None else (self.keys, self.values, self.positions)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        positions = 0 if self._positions is None else self._positions.untyped_storage().nbytes()
+        return positions + sum(segment.nbytes for segment in self.segments)
 
     @cached_property
     def selector(self) -> slice | Tensor:
         """Indexes this block's rows in a tensor of all rows ``[R, ...]``; a slice, hence a view, where they are neighbours."""
-        return selector_of(self.row_ids, self.keys.device)
+        return selector_of(self.row_ids, self.tail.location)
+
+    def kept_positions(self) -> Tensor:
+        """The original positions of the tokens, ``[n, length]`` (int32)."""
+        if self._positions is not None:
+            return self._positions[:, : self.length]
+        counting = torch.arange(self.length, dtype=torch.int32, device=self.tail.location)
+        return counting.expand(len(self.row_ids), -1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys ``[n, length, D]`` and values ``[n, length, Dv]``; not to be written to, and valid until the rows change."""
-        return self.keys[:, : self.length], self.values[:, : self.length]
+        parts = [segment.dense() for segment in self.segments if segment.length]
+        if len(parts) <= 1:
+            return parts[0] if parts else self.tail.dense()
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def tokens(self) -> TokenBlock:
         """The tokens held now, whatever is appended later."""
@@ -73,59 +100,205 @@ class RowBlock:
 
         return TokenBlock(row_ids=self.row_ids, positions=self.kept_positions(), load=load)
 
-    def kept_positions(self) -> Tensor:
-        """The original positions of the tokens, ``[n, length]`` (int32)."""
-        if self.positions is not None:
-            return self.positions[:, : self.length]
-        counting = torch.arange(self.length, dtype=torch.int32, device=self.keys.device)
-        return counting.expand(len(self.row_ids), -1)
+    def attend(self, queries: Tensor, params: AttentionParams) -> Tensor:
+        """Attends from queries ``[n, H / G, t, D]``, whose own tokens are the last ``t``, to ``[n, H / G, t, Dv]``.
 
-    def gather(self, members: list[int], indices: Tensor, capacity: int) -> "RowBlock":
+        ``params`` are those of these rows (``AttentionParams.for_rows``).
+        """
+        num_new = queries.shape[2]
+        if not self.sealed and params.is_plain:
+            output, _ = self.tail.attend(queries, params, num_new, needs_logsumexp=False)
+            return output
+        parts = []
+        for start, segment in self._starts():
+            # The queries' own tokens may lie in several segments, if what they came with was sealed since.
+            num_own = max(0, start + segment.length - (self.length - num_new))
+            part, logsumexp = self._attend_segment(segment, queries, params, num_own)
+            parts.append((part, logsumexp))
+        output, total = merge_parts(parts)
+        return output if params.sinks is None else with_sinks(output, total, params.sinks)
+
+    @staticmethod
+    def _attend_segment(segment: Segment, queries: Tensor, params: AttentionParams, num_own: int) -> tuple[Tensor, Tensor]:
+        place = queries.device
+        output, logsumexp = segment.attend(queries.to(segment.location), params.to(segment.location), num_own)
+        assert logsumexp is not None
+        return output.to(place), logsumexp.to(place)
+
+    def _starts(self) -> list[tuple[int, Segment]]:
+        """Segments that hold tokens, with the number of the first."""
+        found, start = [], 0
+        for segment in self.segments:
+            if segment.length:
+                found.append((start, segment))
+            start += segment.length
+        return found
+
+    def gather(self, members: Sequence[int], indices: Tensor, *, with_room: bool = True) -> "RowBlock":
         """Copies some members' tokens into a new block.
 
-        ``members`` number rows within this block, ``indices`` ``[m, length]`` the tokens to take of each, ascending.
+        ``members`` number rows within this block, ``indices`` ``[m, length]`` the tokens to take of each, ascending; of every
+        segment all members take equally many (see ``counts_by_segment``). ``with_room`` leaves a little room to grow.
         """
         count, length = indices.shape
-        offsets = torch.tensor(members, device=indices.device).unsqueeze(1) * self.capacity
-        flat = (offsets + indices).flatten()
         positions = None
-        if self.positions is not None or length < self.length:
-            positions = _spread(self.kept_positions()[members].gather(1, indices), capacity)
-        return RowBlock(
-            row_ids=[self.row_ids[member] for member in members],
-            keys=_take(self.keys, flat, count, length, capacity),
-            values=_take(self.values, flat, count, length, capacity),
-            positions=positions,
-            length=length,
-        )
+        if self._positions is not None or length < self.length:
+            positions = self.kept_positions()[list(members)].gather(1, indices)
+        sealed, first = [], 0
+        for start, segment in self._starts():
+            if segment is self.tail:
+                break
+            num = int((indices[0] < start + segment.length).sum()) - first if count else 0
+            part = indices[:, first : first + num] - start
+            first += num
+            if num:
+                whole = num == segment.length and list(members) == list(range(segment.num_rows))
+                sealed.append(segment if whole else segment.gather(members, part))
+        rest = indices[:, first:] - self.num_sealed
+        capacity = first_capacity(rest.shape[1]) if with_room else rest.shape[1]
+        tail = self.tail.gather(members, rest, capacity)
+        block = RowBlock([self.row_ids[member] for member in members], sealed, tail)
+        block._set_positions(positions)
+        return block
 
-    def reserve(self, capacity: int) -> None:
-        """Moves the tokens into a storage of ``capacity`` tokens."""
-        self.keys = _spread(self.keys[:, : self.length], capacity)
-        self.values = _spread(self.values[:, : self.length], capacity)
-        if self.positions is not None:
-            self.positions = _spread(self.positions[:, : self.length], capacity)
+    def counts_by_segment(self, indices: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """How many tokens each member would keep in each segment if it kept those at ``indices``, its numbers ascending."""
+        if not self.sealed:
+            return [(len(row),) for row in indices]
+        ends = torch.tensor([segment.length for segment in self.sealed]).cumsum(0)
+        counts = []
+        for row in indices:
+            below = torch.searchsorted(row.cpu().contiguous(), ends).tolist()
+            counts.append(tuple(stop - start for start, stop in pairwise([0, *below, len(row)])))
+        return counts
 
-    def append(self, keys: Tensor, values: Tensor, seen: list[int]) -> None:
+    @classmethod
+    def stack(cls, row_ids: list[int], parts: Sequence[tuple["RowBlock", int]]) -> "RowBlock":
+        """A block with one row, numbered by ``row_ids``, for every pair of a block and a member; the blocks are of one kind."""
+        first, _ = parts[0]
+        sealed = []
+        for number, segment in enumerate(first.sealed):
+            sealed.append(type(segment).stack([(block.sealed[number], member) for block, member in parts]))
+        capacity = first_capacity(first.tail.length)
+        tail = DenseSegment.stack([(block.tail, member) for block, member in parts], capacity)
+        stacked = cls(row_ids, sealed, tail)
+        if any(block.has_positions for block, _ in parts):
+            stacked._set_positions(torch.stack([block.kept_positions()[member] for block, member in parts]))
+        return stacked
+
+    def append(self, keys: Tensor, values: Tensor, seen: Sequence[int]) -> None:
         """Writes ``t`` new tokens behind the old ones: ``keys`` and ``values`` ``[n, t, D]``.
 
         ``seen`` says how many tokens each member's sequence had seen before: their positions go on from there.
         """
-        end = self.length + keys.shape[1]
-        if end > self.capacity:
-            self.reserve(grown_capacity(end) if self.length else first_capacity(end))
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
-        if self.positions is not None:
-            self.positions[:, self.length : end] = _next_positions(seen, keys.shape[1], keys.device)
-        self.length = end
+        length, end = self.length, self.length + keys.shape[1]
+        if self._positions is not None:  # first: what is interrupted here leaves nothing that counts
+            if end > self._positions.shape[1]:
+                self._positions = spread(self._positions[:, :length], grown_capacity(end) if length else first_capacity(end))
+            self._positions[:, length:end] = _next_positions(seen, keys.shape[1], self._positions.device)
+        self.tail.append(keys, values)
 
     def truncate(self, length: int) -> None:
-        """Forgets the tokens from ``length`` on; the storage stays for those that come next."""
-        self.length = length
+        """Forgets the tokens from ``length`` on."""
+        while length < self.num_sealed:
+            segment = self.sealed.pop()
+            if (rest := length - self.num_sealed) > 0:
+                indices = torch.arange(rest, device=segment.location).expand(segment.num_rows, -1)
+                self.sealed.append(segment.gather(range(segment.num_rows), indices))
+        self.tail.truncate(length - self.num_sealed)
+
+    def fit(self) -> None:
+        """Gives back room to grow, down to what tokens stored at once are given."""
+        capacity = first_capacity(self.tail.length)
+        if self.tail.capacity > capacity:
+            self.tail.reserve(capacity)
+            self._set_positions(None if self._positions is None else self.kept_positions())
+
+    def seal(self, format: str) -> None:
+        """Stores all tokens in a format; room for new ones comes after them."""
+        if format == self.tail.format:
+            if self.sealed:
+                self.tail = DenseSegment.encode(*self.dense())
+                self.sealed = []
+            return
+        sealed = [segment.seal(format) for _, segment in self._starts()]
+        self.tail = DenseSegment.empty(len(self.row_ids), like=self.tail)
+        self.sealed = sealed
+        self._set_positions(None if self._positions is None else self.kept_positions())
+
+    def move(self, location: torch.device) -> None:
+        """Moves the sealed tokens to another place; new ones come where the model computes."""
+        self.sealed = [segment.to(location) for segment in self.sealed]
+
+    def set_keys(self, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replaces keys: ``turn`` gets ``[n, l, D]`` of some tokens and their numbers ``[l]``, and returns new ones."""
+        sealed = []
+        for start, segment in self._starts():
+            numbers = torch.arange(start, start + segment.length, device=segment.location)
+            keys = turn(segment.dense()[0], numbers)
+            if segment is self.tail:
+                self.tail.set_keys(keys)
+            else:
+                sealed.append(segment.with_keys(keys))
+        self.sealed = sealed
+
+    def check_integrity(self, *, with_values: bool = True) -> None:
+        """Raises AssertionError unless every segment is whole and positions ascend."""
+        assert self.row_ids == sorted(self.row_ids), "the rows of a block are not in order"
+        assert all(segment.length for segment in self.sealed), "an empty sealed segment"
+        for segment in self.segments:
+            assert segment.num_rows == len(self.row_ids), f"{segment.num_rows} rows stored for {len(self.row_ids)}"
+            segment.check_integrity(with_values=with_values)
+        if self._positions is not None:
+            assert self._positions.shape[1] >= self.length, "positions are missing"
+        assert bool((self.kept_positions().diff(dim=1) > 0).all()), "positions do not ascend"
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For files: the tensors of live tokens, and what JSON can hold of the rest."""
+        tensors: dict[str, Tensor] = {}
+        described = []
+        for number, segment in enumerate(self.segments):
+            parts, state = segment.state()
+            tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
+            described.append(state)
+        state = {"row_ids": self.row_ids, "segments": described}
+        if self._positions is not None:
+            tensors["positions"] = self.kept_positions()
+            state["positions_capacity"] = self._positions.shape[1]
+        return tensors, state
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> "RowBlock":
+        """The block that ``state`` described, on ``device``.
+
+        Raises:
+            ValueError: for unknown formats, and whatever cannot be a block.
+        """
+        segments = []
+        for number, described in enumerate(state["segments"]):
+            prefix = f"{number}."
+            parts = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            segments.append(format_named(described["format"]).from_state(parts, described, device))
+        *sealed, tail = segments
+        if not isinstance(tail, DenseSegment):
+            raise ValueError("its last tokens have no room to grow")
+        block = cls(state["row_ids"], sealed, tail)
+        positions = tensors.get("positions")
+        if positions is not None:
+            if positions.dtype != torch.int32 or tuple(positions.shape) != (len(block.row_ids), block.length):
+                raise ValueError(f"positions {positions.dtype} {list(positions.shape)} for {block.length} tokens")
+            capacity = state.get("positions_capacity", block.num_sealed + tail.capacity)
+            if not block.length <= capacity <= grown_capacity(2 * block.length + 1):
+                raise ValueError(f"a capacity of {capacity} for {block.length} positions")
+            block._positions = spread(positions, capacity, device)
+        return block
+
+    def _set_positions(self, positions: Tensor | None) -> None:
+        """Stores positions ``[n, length]``, with as much room as there is for tokens."""
+        self._positions = None if positions is None else spread(positions, self.num_sealed + self.tail.capacity)
 
 
-def _next_positions(seen: list[int], count: int, device: torch.device) -> Tensor | int:
+def _next_positions(seen: Sequence[int], count: int, device: torch.device) -> Tensor | int:
     """The positions that follow those seen, ``[n, count]`` or what broadcasts to it."""
     if min(seen) == max(seen):  # one sequence, or several that are equally long
         if count == 1:
@@ -133,22 +306,3 @@ def _next_positions(seen: list[int], count: int, device: torch.device) -> Tensor
         return torch.arange(seen[0], seen[0] + count, dtype=torch.int32, device=device)
     starts = torch.tensor(seen, dtype=torch.int32, device=device).unsqueeze(1)
     return starts + torch.arange(count, dtype=torch.int32, device=device)
-
-
-def _spread(tokens: Tensor, capacity: int) -> Tensor:
-    """Copies ``[n, length, ...]`` into a new ``[n, capacity, ...]`` whose further slots are not initialised."""
-    storage = tokens.new_empty((tokens.shape[0], capacity, *tokens.shape[2:]))
-    storage[:, : tokens.shape[1]] = tokens
-    return storage
-
-
-def _take(tokens: Tensor, flat: Tensor, count: int, length: int, capacity: int) -> Tensor:
-    """Takes tokens by their flat indices ``[count * length]`` into a new ``[count, capacity, D]``."""
-    dim = tokens.shape[-1]
-    rows = tokens.view(tokens.shape[0] * tokens.shape[1], dim)
-    if capacity == length:
-        return rows.index_select(0, flat).view(count, length, dim)
-    storage = tokens.new_empty((count, capacity, dim))
-    for member in range(count):  # straight into place: no second copy of what may be most of the cache
-        torch.index_select(rows, 0, flat[member * length : (member + 1) * length], out=storage[member, :length])
-    return storage

@@ -108,14 +108,14 @@ class KeptTokens:
         return part, part.spread(numbers, fill=max(block.length for block in self.blocks))
 
     def spread(self, values: Sequence[Tensor], fill: float = 0.0) -> Tensor:
-        """Lays out what each block's tokens have, ``[n, L of the block]``, as ``[B, G, L]``; ``fill`` behind a row's end."""
+        """Lays out what each block's tokens have, ``[n, L, ...]``, as ``[B, G, L, ...]``; ``fill`` behind a row's end."""
         num_rows = self.shape[0] * self.shape[1]
         laid_out: Tensor
         if len(self.blocks) == 1 and list(self.blocks[0].row_ids) == list(range(num_rows)):
             laid_out = values[0].unflatten(0, self.shape)
             return laid_out
         longest = max((block.length for block in self.blocks), default=0)
-        laid_out = values[0].new_full((num_rows, longest), fill)
+        laid_out = values[0].new_full((num_rows, longest, *values[0].shape[2:]), fill)
         for block, entries in zip(self.blocks, values, strict=True):
             laid_out[block.selector, : block.length] = entries.to(laid_out)
         laid_out = laid_out.unflatten(0, self.shape)

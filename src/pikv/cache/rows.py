@@ -1,19 +1,32 @@
 """The ragged rows of one layer: every KV head of every sequence has its own length."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pikv.cache.block import RowBlock, first_capacity
+from pikv.cache.block import RowBlock
+from pikv.cache.formats.dense import DenseSegment
 from pikv.cache.kept import KeptTokens
+from pikv.cache.table import RowTable
+from pikv.cache.tokens import TokenMask
 
 
-def bytes_per_token(keys: Tensor, values: Tensor) -> int:
-    """Bytes of one token in one row of keys ``[..., D]`` and values ``[..., Dv]``."""
-    return keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+class Change(Protocol):
+    """What is to become of the tokens of a layer; see ``pikv.core.Decision``."""
+
+    @property
+    def kept(self) -> Sequence[Tensor] | None: ...
+
+    @property
+    def format(self) -> str | None: ...
+
+    @property
+    def location(self) -> torch.device | None: ...
 
 
 class RaggedRows:
@@ -21,19 +34,35 @@ class RaggedRows:
 
     Rows of equal length lie together in one block, so that a cache that is compressed evenly is one dense
     ``[B * G, capacity, D]`` tensor, and one compressed by DuoAttention is two.
+
+    Attributes:
+        seen: tokens seen, by sequence
+        seen_at_eviction: tokens that a sequence had seen when something of it was last evicted; going back beyond that cannot
+            be exact
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, keys: Tensor, values: Tensor) -> None:
         """``keys`` and ``values`` only lend their head dimensions, data type and device."""
         self.batch_size = batch_size
         self.num_kv_heads = num_kv_heads
-        rows = list(range(batch_size * num_kv_heads))
-        empty_keys = keys.new_empty((len(rows), 0, keys.shape[-1]))
-        empty_values = values.new_empty((len(rows), 0, values.shape[-1]))
-        self.blocks = [RowBlock(rows, empty_keys, empty_values, None, 0)]
-        self.seen = [0] * batch_size  # real tokens seen, by sequence
-        # Tokens that the rows had seen when something was last evicted; going back beyond that cannot be exact.
+        row_ids = list(range(batch_size * num_kv_heads))
+        empty_keys = keys.new_empty((len(row_ids), 0, keys.shape[-1]))
+        empty_values = values.new_empty((len(row_ids), 0, values.shape[-1]))
+        self.blocks = [RowBlock(row_ids, [], DenseSegment(empty_keys, empty_values, 0))]
+        self.seen = [0] * batch_size
         self.seen_at_eviction = [0] * batch_size
+        self._table: RowTable | None = None
+
+    @classmethod
+    def of(
+        cls, num_kv_heads: int, blocks: Sequence[RowBlock], seen: Sequence[int], seen_at_eviction: Sequence[int]
+    ) -> "RaggedRows":
+        """Rows that are made of given blocks."""
+        rows = cls.__new__(cls)
+        rows.batch_size, rows.num_kv_heads = len(seen), num_kv_heads
+        rows.blocks, rows.seen, rows.seen_at_eviction = list(blocks), list(seen), list(seen_at_eviction)
+        rows._table = None
+        return rows
 
     @property
     def nbytes(self) -> int:
@@ -43,12 +72,25 @@ class RaggedRows:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one row, uncompressed."""
-        return bytes_per_token(self.blocks[0].keys, self.blocks[0].values)
+        return self.blocks[0].tail.bytes_per_token
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that an uncompressed cache would hold for the tokens seen."""
         return sum(self.seen) * self.num_kv_heads * self.bytes_per_token
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].tail.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where new tokens are stored."""
+        return self.blocks[0].tail.location
+
+    @property
+    def value_dim(self) -> int:
+        return self.blocks[0].tail.value_dim
 
     @property
     def lengths(self) -> Tensor:
@@ -71,32 +113,55 @@ class RaggedRows:
         blocks = [block.tokens() for block in self.blocks if block.length] or [self.blocks[0].tokens()]
         return KeptTokens(self.batch_size, self.num_kv_heads, blocks, self.bytes_per_token)
 
-    def append(self, keys: Tensor, values: Tensor, is_token: Tensor | None = None) -> None:
+    def table(self) -> RowTable:
+        """Where every row's tokens lie, as tensors on the rows' device; made once, and kept up to date while tokens come."""
+        if self._table is None:
+            self._table = RowTable.of(self.blocks, self.batch_size * self.num_kv_heads)
+        return self._table
+
+    def append(self, keys: Tensor, values: Tensor, mask: TokenMask | None = None) -> None:
         """Adds new tokens behind every row.
 
-        ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. ``is_token`` ``[B, T]`` (bool) says which of the tokens are
-        not padding; padding is not stored and has no position.
+        ``keys`` and ``values`` are ``[B, G, T, D]`` and are copied. Padding, by ``mask``, is not stored and has no position.
         """
         with plain_tensors():
-            self._append(keys, values, is_token)
+            self._append(keys, values, mask)
 
-    def _append(self, keys: Tensor, values: Tensor, is_token: Tensor | None) -> None:
+    def _append(self, keys: Tensor, values: Tensor, mask: TokenMask | None) -> None:
         batch, heads, num_new, _ = keys.shape
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        counts = [num_new] * batch if is_token is None else is_token.sum(1).tolist()
+        counts = [num_new] * batch if mask is None else mask.counts
         if len(set(counts)) > 1:
             self._split(counts)
+        storages = [block.tail.capacity for block in self.blocks]
         for block in self.blocks:
             sequences = [row // heads for row in block.row_ids]
             count = counts[sequences[0]]
             new_keys, new_values = keys[block.selector], values[block.selector]
-            if is_token is not None and count < num_new:
-                # Where every member has equally many real tokens, their columns form a rectangle.
-                columns = is_token[sequences].nonzero()[:, 1].view(len(sequences), count, 1)
+            if mask is not None and count < num_new:
+                # Where every member has equally many tokens, their columns form a rectangle.
+                columns = mask.columns[sequences, :count].unsqueeze(2)
                 new_keys = new_keys.gather(1, columns.expand(-1, -1, keys.shape[-1]))
                 new_values = new_values.gather(1, columns.expand(-1, -1, values.shape[-1]))
             block.append(new_keys, new_values, [self.seen[sequence] for sequence in sequences])
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        if self._table is not None:
+            if storages == [block.tail.capacity for block in self.blocks] and len(set(counts)) == 1:
+                self._table.grow(counts[0])
+            else:
+                self._table = None
+
+    def apply(self, change: Change) -> None:
+        """Carries out a decision: evicts what is not kept, then stores what is left in another format, in another place."""
+        if change.kept is not None:
+            self.keep(change.kept)
+        if change.format is not None:
+            self.seal(change.format)
+        if change.location is not None:
+            with plain_tensors():
+                for block in self.blocks:
+                    block.move(change.location)
+            self._table = None
 
     def keep(self, indices: Sequence[Tensor]) -> None:
         """Evicts everything but the given tokens, and gives the memory of the rest back to the allocator.
@@ -111,21 +176,33 @@ class RaggedRows:
     def _keep(self, indices: Sequence[Tensor]) -> None:
         blocks = []
         for block in self.blocks:
-            if all(len(indices[row]) == block.length for row in block.row_ids):
+            chosen = [indices[row] for row in block.row_ids]
+            if all(len(row) == block.length for row in chosen):
                 blocks.append(block)
                 continue
-            by_length: dict[int, list[int]] = defaultdict(list)
-            for member, row in enumerate(block.row_ids):
-                by_length[len(indices[row])].append(member)
-            for length, members in by_length.items():
-                chosen = torch.stack([indices[block.row_ids[member]] for member in members]).to(block.keys.device)
-                blocks.append(block.gather(members, chosen, first_capacity(length)))
-            self._note_eviction(block.row_ids)
-        self.blocks = _merge(blocks)
+            by_counts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for member, counts in enumerate(block.counts_by_segment(chosen)):
+                by_counts[counts].append(member)
+            for members in by_counts.values():
+                taken = torch.stack([chosen[member] for member in members]).to(self.device)
+                blocks.append(block.gather(members, taken))
+            for sequence in {row // self.num_kv_heads for row in block.row_ids}:
+                self.seen_at_eviction[sequence] = self.seen[sequence]
+        self._set_blocks(_merge(blocks))
 
-    def _note_eviction(self, rows: list[int]) -> None:
-        for sequence in {row // self.num_kv_heads for row in rows}:
-            self.seen_at_eviction[sequence] = self.seen[sequence]
+    def seal(self, format: str) -> None:
+        """Stores all tokens in a format, by name."""
+        with plain_tensors():
+            for block in self.blocks:
+                block.seal(format)
+            self._set_blocks(_merge(self.blocks))
+
+    def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
+        """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
+        with plain_tensors():
+            for block in self.blocks:
+                block.set_keys(partial(turn, block))
+        self._table = None
 
     def can_truncate(self, num_tokens: int | Sequence[int]) -> str | None:
         """None, or the reason why the last ``num_tokens`` tokens (of every, or of each sequence) cannot be taken back."""
@@ -145,42 +222,99 @@ class RaggedRows:
         if reason := self.can_truncate(num_tokens):
             raise ValueError(f"cannot take back {num_tokens} tokens: {reason}")
         taken = self._by_sequence(num_tokens)
-        if len(set(taken)) > 1:
-            with plain_tensors():
+        with plain_tensors():
+            if len(set(taken)) > 1:
                 self._split(taken)
-        for block in self.blocks:
-            block.truncate(block.length - taken[block.row_ids[0] // self.num_kv_heads])
+            for block in self.blocks:
+                block.truncate(block.length - taken[block.row_ids[0] // self.num_kv_heads])
         self.seen = [seen - num for seen, num in zip(self.seen, taken, strict=True)]
+        self._table = None
+
+    def drop_since(self, seen: Sequence[int]) -> None:
+        """Drops the tokens that came after ``seen`` ones of each sequence; what was evicted of earlier ones stays evicted.
+
+        This undoes a forward pass that was interrupted, in whatever state it left the rows.
+        """
+        if list(seen) == self.seen and all(self._is_sound(block) for block in self.blocks):
+            return
+        with plain_tensors():
+            blocks = []
+            for block in self.blocks:
+                by_count: dict[int, list[int]] = defaultdict(list)
+                positions = block.kept_positions()
+                limits = torch.tensor([seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
+                for member, count in enumerate((positions < limits.unsqueeze(1)).sum(1).tolist()):
+                    by_count[count].append(member)
+                for count, members in by_count.items():
+                    indices = torch.arange(count, device=self.device).expand(len(members), -1)
+                    blocks.append(block.gather(members, indices))
+            self.seen = list(seen)
+            self.seen_at_eviction = [min(at, now) for at, now in zip(self.seen_at_eviction, seen, strict=True)]
+            self._set_blocks(_merge(blocks))
+
+    def _is_sound(self, block: RowBlock) -> bool:
+        """Whether a block without positions holds all tokens seen."""
+        return block.has_positions or all(block.length == self.seen[row // self.num_kv_heads] for row in block.row_ids)
+
+    def select(self, sequences: Sequence[int]) -> "RaggedRows":
+        """Rows of the given sequences, each as often as it is named, in storage of their own."""
+        heads = self.num_kv_heads
+        place = {row: (block, member) for block in self.blocks for member, row in enumerate(block.row_ids)}
+        chosen = [place[sequence * heads + head] for sequence in sequences for head in range(heads)]
+        return self.of(
+            heads,
+            _arrange(chosen),
+            [self.seen[sequence] for sequence in sequences],
+            [self.seen_at_eviction[sequence] for sequence in sequences],
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence["RaggedRows"]) -> "RaggedRows":
+        """The rows of several, one after the other along the batch, in storage of their own."""
+        heads = parts[0].num_kv_heads
+        chosen = []
+        for rows in parts:
+            place = {row: (block, member) for block in rows.blocks for member, row in enumerate(block.row_ids)}
+            chosen += [place[row] for row in range(rows.batch_size * heads)]
+        return cls.of(
+            heads,
+            _arrange(chosen),
+            [seen for rows in parts for seen in rows.seen],
+            [seen for rows in parts for seen in rows.seen_at_eviction],
+        )
 
     def fit(self) -> None:
         """Gives back room to grow, down to what tokens stored at once are given."""
         with plain_tensors():
             for block in self.blocks:
-                if block.capacity > first_capacity(block.length):
-                    block.reserve(first_capacity(block.length))
+                block.fit()
+        self._table = None
+
+    def check_integrity(self, *, with_values: bool = True) -> None:
+        """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""
+        row_ids = sorted(row for block in self.blocks for row in block.row_ids)
+        assert row_ids == list(range(self.batch_size * self.num_kv_heads)), f"rows lost or shared: {row_ids}"
+        for block in self.blocks:
+            block.check_integrity(with_values=with_values)
+            assert block.has_positions or all(block.length == self.seen[row // self.num_kv_heads] for row in block.row_ids), (
+                "tokens are missing, and nothing says which"
+            )
+            if block.length == 0:
+                continue
+            positions = block.kept_positions()
+            seen = torch.tensor([self.seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
+            assert bool((positions[:, 0] >= 0).all() and (positions[:, -1] < seen).all()), "positions beyond what was seen"
+        if self._table is not None:
+            self._table.check_integrity(RowTable.of(self.blocks, self.batch_size * self.num_kv_heads))
 
     def _by_sequence(self, num_tokens: int | Sequence[int]) -> list[int]:
         return [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""
-        rows = sorted(row for block in self.blocks for row in block.row_ids)
-        assert rows == list(range(self.batch_size * self.num_kv_heads)), f"rows lost or shared: {rows}"
-        for block in self.blocks:
-            assert block.row_ids == sorted(block.row_ids), "the rows of a block are not in order"
-            assert 0 <= block.length <= block.capacity, f"length {block.length} of capacity {block.capacity}"
-            assert block.keys.shape[:2] == block.values.shape[:2] == (len(block.row_ids), block.capacity)
-            assert block.keys.is_contiguous() and block.values.is_contiguous()
-            if block.length == 0:
-                continue
-            positions = block.kept_positions()
-            assert bool((positions.diff(dim=1) > 0).all()), "positions do not ascend"
-            seen = torch.tensor([self.seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
-            assert bool((positions[:, 0] >= 0).all() and (positions[:, -1] < seen).all()), "positions beyond what was seen"
-            assert bool(block.keys[:, : block.length].isfinite().all()), "uninitialised keys"
-            assert bool(block.values[:, : block.length].isfinite().all()), "uninitialised values"
+    def _set_blocks(self, blocks: Sequence[RowBlock]) -> None:
+        self.blocks = list(blocks)
+        self._table = None
 
-    def _split(self, counts: list[int]) -> None:
+    def _split(self, counts: Sequence[int]) -> None:
         """Splits blocks so that all members of a block get equally many new tokens (``counts``, by sequence)."""
         blocks = []
         for block in self.blocks:
@@ -190,10 +324,10 @@ class RaggedRows:
             if len(by_count) == 1:
                 blocks.append(block)
                 continue
-            everything = torch.arange(block.length, device=block.keys.device)
+            everything = torch.arange(block.length, device=self.device)
             for members in by_count.values():
-                blocks.append(block.gather(members, everything.expand(len(members), -1), block.length))
-        self.blocks = blocks
+                blocks.append(block.gather(members, everything.expand(len(members), -1), with_room=False))
+        self._set_blocks(blocks)
 
 
 @contextmanager
@@ -203,31 +337,28 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def _merge(blocks: list[RowBlock]) -> list[RowBlock]:
-    """Puts rows that came to be equally long from different blocks into one block."""
-    by_length: dict[int, list[RowBlock]] = defaultdict(list)
+def _merge(blocks: Sequence[RowBlock]) -> list[RowBlock]:
+    """Puts rows that came to be of one kind, in different blocks, into one block, with their rows in ascending order."""
+    by_kind: dict[tuple[object, ...], list[RowBlock]] = defaultdict(list)
     for block in blocks:
-        by_length[block.length].append(block)
-    return [group[0] if len(group) == 1 else _join(group) for _, group in sorted(by_length.items())]
+        by_kind[block.kind].append(block)
+    merged = []
+    for group in sorted(by_kind.values(), key=lambda group: group[0].length):
+        if len(group) == 1:
+            merged.append(group[0])
+            continue
+        order = sorted((row, index, member) for index, block in enumerate(group) for member, row in enumerate(block.row_ids))
+        merged.append(RowBlock.stack([row for row, _, _ in order], [(group[index], member) for _, index, member in order]))
+    return merged
 
 
-def _join(blocks: list[RowBlock]) -> RowBlock:
-    """Joins blocks of one length, with their rows in ascending order."""
-    length = blocks[0].length
-    order = sorted((row, index, member) for index, block in enumerate(blocks) for member, row in enumerate(block.row_ids))
-    gapless = all(block.positions is None for block in blocks)
-    joined = RowBlock(
-        row_ids=[row for row, _, _ in order],
-        keys=blocks[0].keys.new_empty((len(order), first_capacity(length), blocks[0].keys.shape[-1])),
-        values=blocks[0].values.new_empty((len(order), first_capacity(length), blocks[0].values.shape[-1])),
-        positions=None,
-        length=length,
-    )
-    if not gapless:
-        joined.positions = joined.keys.new_empty((len(order), joined.capacity), dtype=torch.int32)
-    for place, (_, index, member) in enumerate(order):
-        joined.keys[place, :length] = blocks[index].keys[member, :length]
-        joined.values[place, :length] = blocks[index].values[member, :length]
-        if joined.positions is not None:
-            joined.positions[place, :length] = blocks[index].kept_positions()[member]
-    return joined
+def _arrange(chosen: Sequence[tuple[RowBlock, int]]) -> list[RowBlock]:
+    """Blocks of copies of the given rows, which are numbered as they come."""
+    by_kind: dict[tuple[object, ...], list[tuple[int, tuple[RowBlock, int]]]] = defaultdict(list)
+    for row, (block, member) in enumerate(chosen):
+        by_kind[block.kind].append((row, (block, member)))
+    with plain_tensors():
+        return [
+            RowBlock.stack([row for row, _ in group], [part for _, part in group])
+            for group in sorted(by_kind.values(), key=lambda group: group[0][1][0].length)
+        ]

@@ -9,9 +9,9 @@ def methods_command() -> None:
 
     Combine them with ratios, e.g. [bold]eplb:0.35+duo:0.15[/bold].
     """
-    from pikv.presses.registry import describe_press, list_presses
+    from pikv.presses.registry import list_presses, press_info
 
     table = Table("name", "what it does", box=None, header_style="bold")
     for name in list_presses():
-        table.add_row(name, describe_press(name))
+        table.add_row(name, press_info(name).description)
     Console().print(table)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pikv.evaluation.defaults import DEFAULT_TASK
-from pikv.evaluation.tasks import retrieval  # noqa: F401  (registers itself)
 from pikv.evaluation.tasks.base import Task, TaskSettings, get_task
 
 

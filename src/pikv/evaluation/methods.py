@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from pikv.presses.base import BasePress, NoCompressionPress
+from pikv.presses.base import BasePress
 from pikv.presses.composed import ComposedPress
 from pikv.presses.moe import MoERouterPress
-from pikv.presses.registry import get_press, list_presses, press_class
+from pikv.presses.none import NoCompressionPress
+from pikv.presses.registry import PRESSES, list_presses
+from pikv.presses.spec import get_press, split_outside_brackets
 
 FULL = "none"
 RATIO_OF_ALL = "0.75"
-_NEED_CALIBRATION = ("headwise",)  # until presses say so themselves
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,6 @@ def parse_methods(text: str, num_experts: int | None = None) -> list[Method]:
     return methods
 
 
-def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Splits at every separator that stands in no bracket.
-
-    >>> split_outside_brackets("a(b,c):0.5,d", ",")
-    ['a(b,c):0.5', 'd']
-    """
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
 def parts_of(press: BasePress) -> Iterator[BasePress]:
     """A press and all the presses that it is made of, the inner ones first."""
     inner = getattr(press, "press", None)
@@ -85,11 +70,7 @@ def parts_of(press: BasePress) -> Iterator[BasePress]:
 
 
 def _all_presses() -> list[str]:
-    return [name for name in list_presses() if name != FULL and not _needs_calibration(name)]
-
-
-def _needs_calibration(name: str) -> bool:
-    return bool(getattr(press_class(name), "needs_calibration", name in _NEED_CALIBRATION))
+    return [name for name in list_presses() if name != FULL and not PRESSES[name].kind.needs_calibration]
 
 
 def _with_experts(method: Method, num_experts: int) -> Method:

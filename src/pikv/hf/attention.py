@@ -17,9 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pikv.attention.capture import CaptureLogSumExp
-from pikv.attention.decode import attend_rows
 from pikv.attention.eager import attend_eagerly
 from pikv.attention.params import AttentionParams
+from pikv.cache.attend import attend_rows
 from pikv.core import AttentionCall
 
 PREFIX = "pikv_"
@@ -89,7 +89,11 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         params = _params_of(module, query, scaling, kwargs)
         can_hand_on = params.is_plain or previous not in _PLAIN_ONLY
         if layer.is_sliding:
-            return hand_on() if can_hand_on else (_by_token(attend_eagerly(query, key, value, params, attention_mask)), None)
+            attended = (
+                hand_on() if can_hand_on else (_by_token(attend_eagerly(query, key, value, params, attention_mask)), None)
+            )
+            layer.forward_pass.finish()
+            return attended
         layer.is_handed_over = False
         if _layer_of(value) is not layer:
             raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
@@ -102,7 +106,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
             with capture or nullcontext():
                 output, weights = hand_on()
         else:
-            output = _by_token(attend_rows(query, layer.rows, params, layer.is_token))
+            output = _by_token(attend_rows(query, layer.rows, params, layer.mask))
         if observer:
             hidden_states, arguments = observer.inputs_of(module)
             observer.notify(
@@ -120,6 +124,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                     num_new=query.shape[2],
                 )
             )
+        layer.forward_pass.finish()
         return output, weights
 
     return pikv_attention

@@ -1,9 +1,10 @@
-"""PiKVCache, a transformers cache on ragged rows. Only this file and ``layers.py`` touch the cache classes of transformers."""
+"""PiKVCache, a transformers cache on ragged rows."""
 
 import os
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,18 +14,21 @@ from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.hf.attention import attach
 from pikv.hf.forward_pass import ForwardPass
-from pikv.hf.layers import PiKVLayer, SlidingLayer, num_beyond
+from pikv.hf.identity import check_same_model, model_signature
+from pikv.hf.layers import PiKVLayer, num_beyond
+from pikv.hf.sliding import SlidingLayer
 from pikv.hf.storage import read_layers, unpack_layer, write_layers
 from pikv.hf.support import ragged_layers, sliding_window
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class CacheMark:
-    """Where a cache stood: columns seen, and what each layer needs to go back there."""
+    """Where a cache stood: the cache, how often something had been taken back, columns seen, and what each layer needs."""
 
+    cache_id: object
+    num_takebacks: int
     columns: int
     layers: list[Any]
-    is_valid: bool = True
 
 
 class PiKVCache(Cache):
@@ -43,15 +47,18 @@ class PiKVCache(Cache):
         self.ragged_layers = ragged_layers(config)
         """The model's layers that hold ragged rows; the others slide over the last tokens."""
         self.forward_pass = ForwardPass()
-        self._marks: WeakSet[CacheMark] = WeakSet()
-        layers = [
-            PiKVLayer(self.forward_pass)
-            if index in self.ragged_layers
-            else SlidingLayer(self.forward_pass, sliding_window(config))
-            for index in range(config.num_hidden_layers)
-        ]
+        self._id = object()
+        self._num_takebacks = 0
+        self._takebacks: list[tuple[int, int]] = []  # their numbers, and the columns that each left; both ascend
+        layers = [self._new_layer(index) for index in range(config.num_hidden_layers)]
+        self.forward_pass.layers = layers
         super().__init__(layers=layers)
         attach(config)
+
+    def _new_layer(self, index: int) -> PiKVLayer | SlidingLayer:
+        if index in self.ragged_layers:
+            return PiKVLayer(self.forward_pass)
+        return SlidingLayer(self.forward_pass, sliding_window(self.config))
 
     @classmethod
     def adopt(cls, cache: Cache, config: Any) -> None:
@@ -69,6 +76,7 @@ class PiKVCache(Cache):
         Raises:
             ValueError: if the cache is empty or a forward pass was interrupted, or the file cannot be written.
         """
+        self.forward_pass.undo()
         write_layers(path, self.layers, self.config)
 
     @classmethod
@@ -83,9 +91,30 @@ class PiKVCache(Cache):
         """
         saved = read_layers(path, config)
         cache = cls(config)
-        for layer, packed in zip(cache.layers, saved, strict=True):
-            unpack_layer(layer, packed, device)
+        if len(saved) != len(cache.layers):
+            raise ValueError(f"cannot read {path}: {len(saved)} layers were saved, the model has {len(cache.layers)}")
+        try:
+            for layer, packed in zip(cache.layers, saved, strict=True):
+                unpack_layer(layer, packed, device)
+            cache._check_layers()
+        except ValueError as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
         return cache
+
+    def _check_layers(self) -> None:
+        """Raises ValueError unless all layers hold the same sequences, in the shapes of the model."""
+        if len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise ValueError("its layers have seen different numbers of tokens")
+        first = self.rows(self.ragged_layers[0])
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        for index in self.ragged_layers:
+            rows = self.rows(index)
+            if (
+                rows.seen != first.seen
+                or rows.num_kv_heads != heads
+                or (rows.dtype, rows.value_dim) != (first.dtype, first.value_dim)
+            ):
+                raise ValueError(f"layer {index} does not match the others, or the model")
 
     def __repr__(self) -> str:
         return f"PiKVCache({len(self.layers)} layers, {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
@@ -145,19 +174,19 @@ class PiKVCache(Cache):
             ValueError: if tokens were evicted or slid out of a window since they came, or padding came with them; then
                 nothing is changed.
         """
+        self.forward_pass.undo()
         num_tokens = num_beyond(max_length, self.get_seq_length())
         for layer in self.layers:
             if reason := layer.can_crop(num_tokens):
                 raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
         for layer in self.layers:
             layer.crop(-num_tokens)
-        self._outdate_marks()
+        self._note_takeback()
 
     def mark(self) -> "CacheMark":
         """Where the cache stands now, to ``rewind`` to; holds on to what the sliding layers hold."""
-        mark = CacheMark(self.get_seq_length(), [layer.mark() for layer in self.layers])
-        self._marks.add(mark)
-        return mark
+        self.forward_pass.undo()
+        return CacheMark(self._id, self._num_takebacks, self.get_seq_length(), [layer.mark() for layer in self.layers])
 
     def rewind(self, mark: "CacheMark") -> None:
         """Takes back everything since ``mark``, padding and what slid out of windows included.
@@ -165,19 +194,127 @@ class PiKVCache(Cache):
         Raises:
             ValueError: if tokens were evicted since then, or tokens from before were taken back; then nothing is changed.
         """
-        if mark not in self._marks or not mark.is_valid:
+        self.forward_pass.undo()
+        is_outdated = any(number >= mark.num_takebacks and columns < mark.columns for number, columns in self._takebacks)
+        if mark.cache_id is not self._id or is_outdated:
             raise ValueError("this mark is of another cache, or tokens from before it were taken back")
         for layer, before in zip(self.layers, mark.layers, strict=True):
             if reason := layer.can_rewind(before):
                 raise ValueError(f"cannot go back to {mark.columns} tokens: {reason}")
         for layer, before in zip(self.layers, mark.layers, strict=True):
             layer.rewind(before)
-        self._outdate_marks()
+        self._note_takeback()
 
-    def _outdate_marks(self) -> None:
+    def select(self, sequences: Sequence[int] | Tensor) -> "PiKVCache":
+        """A cache of the given sequences of the batch, each as often as it is named; this one stays as it is.
+
+        Raises:
+            ValueError: for numbers outside of the batch, or none.
+        """
+        chosen = [int(sequence) for sequence in sequences]
+        batch_size = self._batch_size()
+        if not chosen or any(not -batch_size <= sequence < batch_size for sequence in chosen):
+            raise ValueError(f"select needs numbers of sequences below {batch_size}, not {chosen}")
+        return self._copy_of([sequence % batch_size for sequence in chosen])
+
+    def repeat(self, num_repeats: int) -> "PiKVCache":
+        """A cache with every sequence ``num_repeats`` times, side by side, as ``num_return_sequences`` needs it.
+
+        Raises:
+            ValueError: for fewer than one repeat.
+        """
+        if num_repeats < 1:
+            raise ValueError(f"repeat needs a number of at least 1, not {num_repeats}")
+        return self._copy_of([sequence for sequence in range(self._batch_size()) for _ in range(num_repeats)])
+
+    @classmethod
+    def concat(cls, caches: "Sequence[PiKVCache]") -> "PiKVCache":
+        """A cache of all sequences of several caches of one model, which stay as they are.
+
+        Shorter ones count as padded in front: ``get_seq_length()`` is that of the longest, and ``attention_mask()`` says
+        where the padding lies.
+
+        Raises:
+            ValueError: for no caches, empty ones, caches of different models, data types or devices, or with different presses.
+        """
+        if not caches:
+            raise ValueError("concat needs at least one cache")
+        first = caches[0]
+        for cache in caches:
+            cache._batch_size()
+            check_same_model(model_signature(cache.config), model_signature(first.config))
+            rows, other = (each.rows(each.ragged_layers[0]) for each in (first, cache))
+            if (rows.dtype, rows.device) != (other.dtype, other.device):
+                raise ValueError(f"one cache holds {rows.dtype} on {rows.device}, another {other.dtype} on {other.device}")
+        joined = first._empty()
+        for index, layer in enumerate(joined.layers):
+            layer.concat([cache.layers[index] for cache in caches])
+        return joined
+
+    def attention_mask(self, num_new: int = 0) -> Tensor:
+        """The mask of all columns seen and ``num_new`` further ones, ``[B, columns]`` (int64), each sequence padded in front.
+
+        Where padding really came does not matter to rows: they never stored it.
+        """
+        self._batch_size()
+        rows = self.rows(self.ragged_layers[0])
+        columns = torch.arange(self.get_seq_length() + num_new, device=rows.device)
+        first = torch.tensor([self.get_seq_length() - seen for seen in rows.seen], device=rows.device)
+        return (columns >= first.unsqueeze(1)).long()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.forward_pass.undo()
+        super().batch_select_indices(indices)
+        self._forget_marks()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.forward_pass.undo()
+        super().batch_repeat_interleave(repeats)
+        self._forget_marks()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.forward_pass.undo()
+        super().reorder_cache(beam_idx)
+        self._forget_marks()
+
+    def _forget_marks(self) -> None:
+        """The sequences that marks are about are no longer here."""
+        self._id = object()
+
+    def _note_takeback(self) -> None:
+        """Notes, for marks, how far the cache went back."""
         columns = self.get_seq_length()
-        for mark in self._marks:
-            mark.is_valid = mark.is_valid and mark.columns <= columns
+        while self._takebacks and self._takebacks[-1][1] >= columns:
+            self._takebacks.pop()
+        self._takebacks.append((self._num_takebacks, columns))
+        self._num_takebacks += 1
+
+    def _batch_size(self) -> int:
+        self.forward_pass.undo()
+        rows = self.layers[self.ragged_layers[0]].rows
+        if rows is None:
+            raise ValueError("the cache is empty")
+        return int(rows.batch_size)
+
+    def _empty(self) -> "PiKVCache":
+        return PiKVCache(self.config)
+
+    def _copy_of(self, sequences: Sequence[int]) -> "PiKVCache":
+        copied = self._empty()
+        for layer, new in zip(self.layers, copied.layers, strict=True):
+            new.copy_from(layer, sequences)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
+        memo[id(self.config)] = self.config  # the model's own, by which the model is known
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        attach(self.config)
 
     @property
     def reserved_nbytes(self) -> int:

@@ -1,16 +1,33 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
+from typing import Any
+
 from torch import Tensor
+
+from pikv.cache.tokens import TokenMask
 
 
 class ForwardPass:
-    """The forward pass at hand, shared by the layers of one cache."""
+    """The forward pass at hand, shared by the layers of one cache.
+
+    A pass takes part in a layer when the layer stores its tokens, and is done with it when attention, and whatever a press
+    decides, is done. One that did not get through all layers was interrupted, and is undone before the next one begins.
+
+    Attributes:
+        layers: those of the cache
+        serial: passes begun
+        num_new: columns of the input, padding included
+        columns: seen before, padding included
+        mask: where the input holds tokens; None: everywhere
+    """
 
     def __init__(self) -> None:
-        self.serial = 0  # forward passes begun
-        self.num_new = 0  # columns of the input, padding included
-        self.columns = 0  # seen before, padding included
-        self.is_token: Tensor | None = None  # [B, T], where the input is not padding; None: everywhere
+        self.layers: list[Any] = []
+        self.serial = 0
+        self.num_new = 0
+        self.columns = 0
+        self.mask: TokenMask | None = None
+        self._num_finished = 0
 
     @property
     def is_first(self) -> bool:
@@ -19,7 +36,7 @@ class ForwardPass:
 
     @property
     def length(self) -> "ForwardPassLength":
-        """Columns seen and new, as a number that leads back to this step."""
+        """Columns seen and new, as a number that leads back to this pass."""
         length = ForwardPassLength(self.columns + self.num_new)
         length.forward_pass = self
         return length
@@ -28,14 +45,12 @@ class ForwardPass:
         """Notes that a forward pass of ``num_new`` columns is about to begin, after ``columns`` that a layer has seen."""
         self.num_new = num_new
         self.columns = columns
+        self._num_finished = 0
 
     def begin(self, attention_mask: Tensor | None) -> None:
         """Opens a forward pass; ``attention_mask`` is ``[B, columns seen and new]`` (bool) or None."""
         self.serial += 1
-        self.is_token = None
-        if attention_mask is not None:
-            is_token = attention_mask[:, -self.num_new :]
-            self.is_token = None if bool(is_token.all()) else is_token
+        self.mask = None if attention_mask is None else TokenMask.of(attention_mask[:, -self.num_new :])
 
     def check(self, num_new: int, columns: int, last_serial: int | None = None) -> None:
         """Makes sure that a layer that has seen ``columns`` columns is given what was expected.
@@ -45,19 +60,28 @@ class ForwardPass:
         Raises:
             RuntimeError: if it is not.
         """
-        if self.num_new != num_new or self.serial == last_serial:
+        if self.num_new != num_new or self.serial == last_serial or self.columns != columns:
             raise RuntimeError(
                 "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
                 "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made"
             )
-        if self.columns != columns:
-            raise RuntimeError(
-                "the layers of this cache have seen different numbers of tokens: an earlier forward pass was interrupted; "
-                "start again with a new cache, or after reset()"
-            )
+
+    def finish(self) -> None:
+        """Notes that a further layer is done; what it would take to undo the pass is dropped once all are."""
+        self._num_finished += 1
+        if self._num_finished == len(self.layers):
+            for each in self.layers:
+                each.undo = None
+
+    def undo(self) -> None:
+        """Takes back what an interrupted pass left in the layers; nothing happens if there is nothing to be undone."""
+        for layer in self.layers:
+            if layer.undo is not None:
+                layer.take_back(layer.undo)
+                layer.undo = None
 
 
 class ForwardPassLength(int):
-    """The KV length that ``get_mask_sizes`` answers, which carries the step on to our mask function."""
+    """The KV length that ``get_mask_sizes`` answers, which carries the pass on to our mask function."""
 
     forward_pass: ForwardPass

@@ -1,31 +1,38 @@
-"""The layers of a PiKVCache behind the layer interface of transformers: ragged rows, and windows that slide."""
+"""The layer of a PiKVCache that holds ragged rows, behind the layer interface of transformers."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin as HFLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
+from pikv.cache.tokens import TokenMask
 from pikv.hf.forward_pass import ForwardPass
 
 
-class _FixedBatch:
-    """What no layer of a PiKVCache can do: its sequences stay as they are."""
+@dataclass(frozen=True)
+class LayerMark:
+    """Where a layer stood: columns seen, those up to the last padding, and tokens seen by sequence (empty: no rows yet)."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("beam search is not supported on a PiKVCache; use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ValueError("a PiKVCache cannot be repeated over the batch; repeat the input instead")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("a PiKVCache cannot drop sequences of the batch")
+    columns: int
+    columns_at_padding: int
+    seen: tuple[int, ...]
 
 
-class PiKVLayer(_FixedBatch, HFLayer):
-    """One layer's ragged rows behind the layer interface of transformers."""
+class PiKVLayer(HFLayer):
+    """One layer's ragged rows.
+
+    Attributes:
+        rows: None until the first tokens come
+        columns: seen, padding included
+        mask: where the newest columns are tokens, on this layer's device
+        state: running state that lies beside the rows, by owner
+        undo: where the layer stood before the pass at hand; None between passes
+    """
 
     is_sliding = False
     is_croppable = True
@@ -34,20 +41,27 @@ class PiKVLayer(_FixedBatch, HFLayer):
         super().__init__()
         self.forward_pass = forward_pass
         self.rows: RaggedRows | None = None
-        self.columns = 0  # tokens seen, padding included
+        self.columns = 0
         self.columns_at_padding = 0
-        self.is_token: Tensor | None = None  # the step's, on this layer's device
-        self.state: dict[Any, RowState] = {}  # running state that belongs to these rows, by owner
+        self.mask: TokenMask | None = None
+        self.state: dict[Any, RowState] = {}
         self.is_handed_over = False
+        self.undo: LayerMark | None = None
         self._last_serial = 0
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes if self.rows else 0
+        """Bytes of the rows and of the state beside them."""
+        return (self.rows.nbytes if self.rows else 0) + sum(state.nbytes for state in self.state.values())
 
     @property
     def dense_nbytes(self) -> int:
         return self.rows.dense_nbytes if self.rows else 0
+
+    @property
+    def is_token(self) -> Tensor | None:
+        """Which of the newest columns are tokens, ``[B, T]``; None for all."""
+        return None if self.mask is None else self.mask.is_token
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.rows = RaggedRows(key_states.shape[0], key_states.shape[1], key_states, value_states)
@@ -67,15 +81,20 @@ class PiKVLayer(_FixedBatch, HFLayer):
                 "of transformers; PiKVCache does not support it"
             )
         self.forward_pass.check(key_states.shape[-2], self.columns, self._last_serial)
+        if self.rows is not None:
+            check_alike(self.rows, self.rows.batch_size, key_states)
+        mask = self.forward_pass.mask
+        if mask is not None and len(mask.counts) != key_states.shape[0]:
+            raise ValueError(f"the attention mask is for {len(mask.counts)} sequences, the input has {key_states.shape[0]}")
+        self.undo = self.mark()  # from here on, there is something to be undone
         self._last_serial = self.forward_pass.serial
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
         assert self.rows is not None
-        _check_alike(self.rows.blocks[0].keys, self.rows.batch_size, key_states)
-        self.is_token = None if self.forward_pass.is_token is None else self.forward_pass.is_token.to(key_states.device)
-        self.rows.append(key_states, value_states, self.is_token)
+        self.mask = None if mask is None else mask.to(key_states.device)
+        self.rows.append(key_states, value_states, self.mask)
         self.columns += self.forward_pass.num_new
-        if self.is_token is not None:
+        if self.mask is not None:
             self.columns_at_padding = self.columns
         self.is_handed_over = True
         key_states.pikv_layer = value_states.pikv_layer = self  # type: ignore[attr-defined]
@@ -83,11 +102,12 @@ class PiKVLayer(_FixedBatch, HFLayer):
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: position ids and attention masks go on from here, whatever was evicted."""
-        return self.columns
+        return self.columns if self.undo is None else self.undo.columns
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """``query_length`` is a number, or in older releases of transformers the ``cache_position`` tensor."""
-        self.forward_pass.expect(_length_of(query_length), self.columns)
+        self.forward_pass.undo()
+        self.forward_pass.expect(length_of(query_length), self.columns)
         return self.forward_pass.length, 0
 
     def get_max_length(self) -> int:
@@ -117,115 +137,93 @@ class PiKVLayer(_FixedBatch, HFLayer):
             self.columns -= num_tokens
             self._forget_state()
 
-    def mark(self) -> tuple[int, int, list[int]]:
-        return self.columns, self.columns_at_padding, list(self.rows.seen) if self.rows else []
+    def mark(self) -> LayerMark:
+        return LayerMark(self.columns, self.columns_at_padding, tuple(self.rows.seen) if self.rows else ())
 
-    def can_rewind(self, mark: tuple[int, int, list[int]]) -> str | None:
+    def can_rewind(self, mark: LayerMark) -> str | None:
         """None, or the reason why what came since ``mark`` cannot be taken back."""
         return self.rows.can_truncate(self._since(mark)) if self.rows else None
 
-    def rewind(self, mark: tuple[int, int, list[int]]) -> None:
+    def rewind(self, mark: LayerMark) -> None:
         """Takes back the tokens that came since ``mark``."""
-        self.columns, self.columns_at_padding, _ = mark
+        self.columns, self.columns_at_padding = mark.columns, mark.columns_at_padding
         self.is_handed_over = False
         if self.rows is not None:
             self.rows.truncate(self._since(mark))
             self._forget_state()
 
-    def _since(self, mark: tuple[int, int, list[int]]) -> list[int]:
+    def take_back(self, mark: LayerMark) -> None:
+        """Undoes an interrupted pass: drops the tokens that came since ``mark``, whatever was evicted since."""
+        if not mark.seen:
+            self.reset()
+            return
+        assert self.rows is not None
+        self.rows.drop_since(mark.seen)
+        self.columns, self.columns_at_padding = mark.columns, mark.columns_at_padding
+        self.is_handed_over = False
+        self._forget_state()
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keeps the given sequences, each as often as it is named, in this order."""
+        if self.rows is not None:
+            self.rows = self.rows.select(sequences)
+        self.mask = None
+        selected = {owner: state.select(sequences) for owner, state in self.state.items()}
+        self.state.clear()
+        self.state.update(selected)
+
+    def copy_from(self, other: "PiKVLayer", sequences: Sequence[int]) -> None:
+        """Takes copies of the given sequences of another layer; this one is new."""
+        assert other.rows is not None
+        self.rows = other.rows.select(sequences)
+        self.is_initialized = True
+        self.columns, self.columns_at_padding = other.columns, other.columns_at_padding
+        self.state.update({owner: state.select(sequences) for owner, state in other.state.items()})
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.rows is not None:
+            self.select(torch.arange(self.rows.batch_size).repeat_interleave(repeats).tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices.tolist())
+
+    def concat(self, layers: "Sequence[PiKVLayer]") -> None:
+        """Takes the sequences of other layers, one after the other; this one is new.
+
+        Raises:
+            ValueError: if the keys of some were turned to positions without gaps, and those of others not.
+        """
+        parts = [layer.rows for layer in layers if layer.rows is not None]
+        self.rows = RaggedRows.concat(parts)
+        self.is_initialized = True
+        self.columns = max(layer.columns for layer in layers)
+        is_even = all(layer.columns == self.columns for layer in layers)
+        self.columns_at_padding = max(layer.columns_at_padding for layer in layers) if is_even else self.columns
+        owners = dict.fromkeys(owner for layer in layers for owner in layer.state)
+        for owner in owners:
+            states = [layer.state.get(owner) for layer in layers]
+            kind = type(next(state for state in states if state is not None))
+            joined = kind.concat(states, [rows.batch_size for rows in parts])
+            if joined is not None:
+                self.state[owner] = joined
+
+    def _since(self, mark: LayerMark) -> list[int]:
         """How many tokens of each sequence came since ``mark``."""
         assert self.rows is not None
-        before = mark[2] or [0] * self.rows.batch_size
+        before = mark.seen or [0] * self.rows.batch_size
         return [now - then for now, then in zip(self.rows.seen, before, strict=True)]
 
     def _forget_state(self) -> None:
-        """Drops what was noted when more tokens had been seen; in place, since a forward pass may hold on to the notes."""
+        """Drops state from when more tokens had been seen; in place, since a forward pass may hold on to it."""
         assert self.rows is not None
-        seen = sum(self.rows.seen)
-        for owner in [owner for owner, note in self.state.items() if note.seen > seen]:
+        for owner in [owner for owner, state in self.state.items() if not state.holds_for(self.rows.seen)]:
             del self.state[owner]
 
 
-class SlidingLayer(_FixedBatch, DynamicSlidingWindowLayer):
-    """A sliding layer of transformers, which gives the memory of what slid out of its window back."""
-
-    keys: Tensor
-    values: Tensor
-    cumulative_length: int
-    sliding_window: int
-
-    def __init__(self, forward_pass: ForwardPass, window: int) -> None:
-        super().__init__(sliding_window=window)
-        self.forward_pass = forward_pass
-
-    @property
-    def nbytes(self) -> int:
-        if not self.is_initialized:
-            return 0
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values))
-
-    @property
-    def dense_nbytes(self) -> int:
-        """What it holds: in an uncompressed cache it is bounded too."""
-        return self.nbytes
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.forward_pass.check(key_states.shape[-2], self.cumulative_length)
-        if self.cumulative_length:
-            _check_alike(self.keys, self.keys.shape[0], key_states)
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = self._let_go(self.keys), self._let_go(self.values)
-        keys.pikv_layer = self
-        return keys, values
-
-    def _let_go(self, tokens: Tensor) -> Tensor:
-        """Copies a view ``[B, G, t, D]`` whose storage holds more than a window."""
-        window_bytes = tokens[:, :, :1].nbytes * self.sliding_window
-        # A view that is one token short of its storage is what a decoding step leaves: no second copy for that.
-        return tokens.clone() if tokens.untyped_storage().nbytes() > window_bytes else tokens
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        self.forward_pass.expect(_length_of(query_length), self.cumulative_length)
-        length, offset = super().get_mask_sizes(query_length)
-        return length, offset
-
-    def reset(self) -> None:
-        self.__init__(self.forward_pass, self.sliding_window)  # type: ignore[misc]
-
-    def activate_past_recording(self) -> None:
-        raise ValueError("assisted generation takes tokens back, which a PiKVCache with sliding layers cannot do")
-
-    def can_crop(self, num_tokens: int) -> str | None:
-        """None, or the reason why the last ``num_tokens`` tokens cannot be taken back."""
-        if num_tokens and self.cumulative_length >= self.sliding_window:
-            return "older ones have slid out of a layer's window, and what they were is gone"
-        return None
-
-    def crop(self, max_length: int) -> None:
-        """As ``PiKVLayer.crop``."""
-        num_tokens = num_beyond(max_length, self.cumulative_length)
-        if reason := self.can_crop(num_tokens):
-            raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
-        if self.is_initialized:
-            self.cumulative_length = max(0, self.cumulative_length - num_tokens)
-            self.keys, self.values = (tokens[:, :, : self.cumulative_length] for tokens in (self.keys, self.values))
-
-    def mark(self) -> tuple[int, Tensor | None, Tensor | None]:
-        return self.cumulative_length, self.keys, self.values
-
-    def can_rewind(self, mark: tuple[int, Tensor | None, Tensor | None]) -> str | None:
-        return None  # what it held then is at hand
-
-    def rewind(self, mark: tuple[int, Tensor | None, Tensor | None]) -> None:
-        """Goes back to what was held at ``mark``."""
-        cumulative_length, keys, values = mark
-        if keys is None or values is None:
-            self.reset()
-        else:
-            self.cumulative_length, self.keys, self.values = cumulative_length, keys, values
-
-
-def _length_of(query_length: int | Tensor) -> int:
+def length_of(query_length: int | Tensor) -> int:
     return query_length if isinstance(query_length, int) else query_length.shape[0]
 
 
@@ -234,8 +232,8 @@ def num_beyond(max_length: int, columns: int) -> int:
     return max(0, columns - max_length) if max_length > 0 else -max_length
 
 
-def _check_alike(held: Tensor, batch_size: int, new: Tensor) -> None:
-    """Raises ValueError unless new keys go with those held."""
+def check_alike(held: Any, batch_size: int, new: Tensor) -> None:
+    """Raises ValueError unless new keys are of the batch size, data type and device of those held."""
     if new.shape[0] != batch_size:
         raise ValueError(f"the cache holds {batch_size} sequences, the input {new.shape[0]}")
     if (new.dtype, new.device) != (held.dtype, held.device):

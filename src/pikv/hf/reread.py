@@ -1,15 +1,14 @@
 """Reading a context a second time, to see which of its tokens that takes (KVzip, arXiv 2505.23416)."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pikv.core import AttentionCall, Reread
+from pikv.core import MAX_NUMBERS, AttentionCall, BlockView, LayerView, Reread, plain_arithmetic
 from pikv.hf.hooks import ForwardInputs, observe
-
-_BLOCK_ELEMENTS = 1 << 22  # attention weights that exist at a time
 
 
 @torch.no_grad()
@@ -46,7 +45,8 @@ def read_again(model: Any, inputs: ForwardInputs, how: Reread) -> dict[int, Tens
 
         def after_attention(call: AttentionCall, chunk_positions: Tensor = positions[:, chunk]) -> None:
             layer = call.layer_idx
-            most = _most_attention(call, chunk_positions, how.sink_size)[..., : attention[layer].shape[2]]
+            with plain_arithmetic(call.queries.device):
+                most = _most_attention(call, chunk_positions, how.sink_size)[..., : attention[layer].shape[2]]
             attention[layer] = torch.maximum(attention[layer], most)
 
         position_ids = {"position_ids": (seen + is_token.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
@@ -84,27 +84,44 @@ def _of_these(most: Tensor, places: Tensor, first_new: Tensor) -> Tensor:
 
 
 def _most_attention(call: AttentionCall, chunk_positions: Tensor, sink_size: int) -> Tensor:
-    """The maximum, over queries and their heads, of the weights on all tokens, ``[B, G, L]``.
+    """The maximum, over queries and their heads, of the weights on the tokens of the context, ``[B, G, L]``.
 
-    Queries see the sinks, the tokens of the chunk that they repeat, and each other.
+    Queries see the sinks, the tokens of the chunk that they repeat, and each other: keys of other tokens are not looked at.
+    ``chunk_positions`` are the true positions of the chunk, ``[B, T]``; -1 for none.
     """
-    rows = call.rows.kept()
-    is_token = torch.ones(call.hidden_states.shape[:2], dtype=torch.bool, device=rows.device)
-    if call.is_token is not None:
-        is_token = call.is_token
-    seen = torch.tensor(call.rows.seen, device=rows.device).unsqueeze(1)
-    query_positions = (seen - is_token.sum(1, keepdim=True) + is_token.cumsum(1) - 1).masked_fill(~is_token, -1)
-    place = rows.positions
-    chunk_positions = chunk_positions.to(place.device)
-    first = chunk_positions.masked_fill(chunk_positions < 0, torch.iinfo(torch.int64).max).amin(1).view(-1, 1, 1)
-    last = chunk_positions.amax(1).view(-1, 1, 1)
-    begin = (seen - is_token.sum(1, keepdim=True)).unsqueeze(2)
-    in_view = (place >= 0) & ((place < sink_size) | ((place >= first) & (place <= last)) | (place >= begin))
-    most = torch.zeros(place.shape, device=place.device)
-    size = max(1, _BLOCK_ELEMENTS // (call.queries.shape[0] * call.queries.shape[1] * place.shape[2]))
-    for start in range(0, is_token.shape[1], size):
-        block = query_positions[:, start : start + size]
-        visible = in_view[:, :, None, :] & (place[:, :, None, :] <= block[:, None, :, None])
-        weights = call.params.weights(call.queries[:, :, start : start + size], rows.keys, visible)
-        most = torch.maximum(most, weights.amax((2, 3)))
+    seen = torch.tensor(call.rows.seen)
+    view = LayerView.of(call, rank=0, num_layers=1)
+    chunk_positions = chunk_positions.to(view.kept.device)
+    first = chunk_positions.masked_fill(chunk_positions < 0, torch.iinfo(torch.int64).max).amin(1)
+    last = chunk_positions.amax(1)
+    begin = seen.to(first.device) - view.is_token.sum(1)
+
+    def most(block: BlockView) -> Tensor:
+        place, own = block.positions, block.of_sequences(begin).unsqueeze(1)
+        in_chunk = (place >= block.of_sequences(first).unsqueeze(1)) & (place <= block.of_sequences(last).unsqueeze(1))
+        in_view = (place < sink_size) | in_chunk | (place >= own)
+        # Rows see equally many tokens unless they are of different sequences; what is too much is hidden.
+        numbers = in_view.int().argsort(dim=1, descending=True, stable=True)[:, : int(in_view.sum(1).max())]
+        keys, places, visible = block.keys, place.gather(1, numbers), in_view.gather(1, numbers)
+        found = torch.zeros(numbers.shape, device=keys.device)
+        for row in range(len(numbers)):
+            found[row] = _most_of_row(block, row, keys[row, numbers[row]], places[row], visible[row])
+        found.masked_fill_(places >= own, 0.0)
+        return torch.zeros(place.shape, device=keys.device).scatter_(1, numbers, found)
+
+    return view.by_block(most)
+
+
+def _most_of_row(block: BlockView, row: int, keys: Tensor, places: Tensor, visible: Tensor) -> Tensor:
+    """The most attention that any query pays the tokens of one row, ``[L]``."""
+    rows = slice(row, row + 1)
+    sinks = block.params.sinks
+    params = replace(block.params, sinks=None if sinks is None else sinks[rows])
+    queries, positions = block.queries[rows], block.query_positions[rows]
+    most = torch.zeros(len(keys), device=keys.device)
+    size = max(1, MAX_NUMBERS // (queries.shape[1] * len(keys)))
+    for start in range(0, queries.shape[2], size):
+        seen = visible & (places <= positions[:, start : start + size].unsqueeze(2))
+        weights = params.weights_of_rows(queries[:, :, start : start + size], keys.unsqueeze(0), seen)
+        most = torch.maximum(most, weights.amax((0, 1, 2)))
     return most

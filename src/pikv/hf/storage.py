@@ -1,8 +1,8 @@
 """Caches as files, so that what was read today can be asked tomorrow.
 
-A file is in the safetensors format. Its tensors are the live tokens, ``<layer>.<block>.keys`` and so on; its metadata are
-``format``, ``version``, ``contents`` (JSON: the model it was made for, the state of each layer, and each tensor's data type,
-shape and checksum) and ``checksum`` (of the contents). So whatever was damaged on the way is noticed.
+A file is in the safetensors format. Its tensors are the live tokens, ``<layer>.<block>.<segment>.keys`` and so on; its metadata
+are ``format``, ``version``, ``contents`` (JSON: the model it was made for, the state of each layer, and each tensor's data
+type, shape and checksum) and ``checksum`` (of the contents). So whatever was damaged on the way is noticed.
 """
 
 import json
@@ -17,14 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pikv import __version__
 from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows, plain_tensors
 from pikv.hf.files import write_whole
-from pikv.hf.identity import check_same_model, model_signature
+from pikv.hf.identity import ModelSignature, check_same_model, model_signature
+from pikv.version import __version__
 
 FORMAT = "pikv-cache"
-VERSION = 1
+VERSION = 2
+_READABLE = ("1", "2")
+_NUM_TRIES = 20
+_MALFORMED = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What is raised where contents are not what their checksum says they were written as."""
 
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
@@ -83,28 +87,64 @@ def read_layers(path: str | os.PathLike[str], config: Any) -> list[PackedLayer]:
         ValueError: if the file cannot be read, is damaged or no cache of this format, or was made for another model.
     """
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            contents = _read_contents(file.metadata() or {})
-            check_same_model(contents["model"], model_signature(config))
-            tensors = _read_tensors(file, contents["tensors"])
+        contents, tensors = _read_whole(os.fspath(path), model_signature(config))
+        layers = [
+            PackedLayer(saved["kind"], _below(f"{index}.", tensors), saved["state"])
+            for index, saved in enumerate(contents["layers"])
+        ]
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    return [
-        PackedLayer(saved["kind"], _below(f"{index}.", tensors), saved["state"])
-        for index, saved in enumerate(contents["layers"])
-    ]
+    except _MALFORMED as error:
+        raise ValueError(f"cannot read {path}: its contents are malformed ({error!r})") from error
+    return layers
+
+
+def _read_whole(path: str, signature: ModelSignature) -> tuple[State, Tensors]:
+    """Reads one and the same file, though another process may replace it meanwhile."""
+    for _ in range(_NUM_TRIES):
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                contents = _read_contents(file.metadata() or {})
+                check_same_model(contents["model"], signature)
+                tensors = _read_tensors(file, contents["tensors"])
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            # It is opened once for its description and once for its tensors.
+            if _identity(path) == before:
+                raise ValueError(str(error)) from error
+        else:
+            if _identity(path) == before:
+                return _of_first_version(contents, tensors) if contents["version"] == "1" else (contents, tensors)
+    raise ValueError("it is being replaced again and again")
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _of_first_version(contents: State, tensors: Tensors) -> tuple[State, Tensors]:
+    """What version 1 saved, as version 2 would have: every block was one dense segment."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        *front, last = name.split(".")
+        renamed[".".join([*front, "0", last] if len(front) == 2 and last != "positions" else [*front, last])] = tensor
+    for layer in contents["layers"]:
+        for block in layer["state"].get("blocks", ()):
+            block["row_ids"] = block.pop("rows")
+            block["segments"] = [{"format": "dense", "capacity": block.pop("capacity")}]
+    return contents, renamed
 
 
 def _read_contents(metadata: dict[str, str]) -> State:
     if metadata.get("format") != FORMAT:
         raise ValueError("it is not a PiKV cache")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"its format version is {metadata.get('version')}, PiKV {__version__} reads version {VERSION}")
+    if metadata.get("version") not in _READABLE:
+        raise ValueError(f"its format version is {metadata.get('version')}, this release reads {' and '.join(_READABLE)}")
     contents = metadata.get("contents", "")
     if metadata.get("checksum") != _checksum(contents.encode()):
         raise ValueError("it is damaged: the description of its contents does not match its checksum")
-    state: State = json.loads(contents)
-    return state
+    return {**json.loads(contents), "version": metadata["version"]}
 
 
 def _read_tensors(file: Any, described: dict[str, State]) -> Tensors:
@@ -143,13 +183,16 @@ def unpack_layer(layer: Any, packed: PackedLayer, device: str | torch.device) ->
     """Puts copies of what was packed on ``device`` and into ``layer``, which is new.
 
     Raises:
-        ValueError: if the layer is of another kind.
+        ValueError: if the layer is of another kind, or what was packed cannot be a layer.
     """
     if packed.kind != _kind_of(layer):
         raise ValueError(f"a {packed.kind} layer was saved where this model has a {_kind_of(layer)} layer")
     _, unpack = _KINDS[packed.kind]
-    with plain_tensors():
-        unpack(layer, packed.tensors, packed.state, torch.device(device))
+    try:
+        with plain_tensors():
+            unpack(layer, packed.tensors, packed.state, torch.device(device))
+    except _MALFORMED as error:
+        raise ValueError(f"the saved layer is malformed ({error!r})") from error
 
 
 def _kind_of(layer: Any) -> str:
@@ -160,40 +203,31 @@ def _pack_ragged(layer: Any) -> tuple[Tensors, State]:
     """A ``PiKVLayer``: its rows, block by block."""
     rows: RaggedRows = layer.rows
     tensors: Tensors = {}
+    blocks = []
     for index, block in enumerate(rows.blocks):
-        tensors[f"{index}.keys"] = block.keys[:, : block.length]
-        tensors[f"{index}.values"] = block.values[:, : block.length]
-        if block.positions is not None:
-            tensors[f"{index}.positions"] = block.positions[:, : block.length]
+        parts, state = block.state()
+        tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
+        blocks.append(state)
     return tensors, {
         "columns": layer.columns,
         "columns_at_padding": layer.columns_at_padding,
-        "batch_size": rows.batch_size,
         "num_kv_heads": rows.num_kv_heads,
         "seen": list(rows.seen),
         "seen_at_eviction": list(rows.seen_at_eviction),
-        "blocks": [{"rows": block.row_ids, "capacity": block.capacity} for block in rows.blocks],
+        "blocks": blocks,
     }
 
 
 def _unpack_ragged(layer: Any, tensors: Tensors, state: State, device: torch.device) -> None:
-    blocks = [_unpack_block(_below(f"{index}.", tensors), saved, device) for index, saved in enumerate(state["blocks"])]
-    rows = RaggedRows(state["batch_size"], state["num_kv_heads"], blocks[0].keys, blocks[0].values)
-    rows.blocks = blocks
-    rows.seen = state["seen"]
-    rows.seen_at_eviction = state["seen_at_eviction"]
+    blocks = [RowBlock.from_state(_below(f"{index}.", tensors), saved, device) for index, saved in enumerate(state["blocks"])]
+    rows = RaggedRows.of(state["num_kv_heads"], blocks, state["seen"], state["seen_at_eviction"])
+    rows.check_integrity(with_values=False)
+    columns, at_padding = state["columns"], state["columns_at_padding"]
+    if not 0 <= at_padding <= columns or any(not 0 <= seen <= columns for seen in rows.seen):
+        raise ValueError(f"{columns} columns, padding up to {at_padding}, and {rows.seen} tokens")
     layer.rows = rows
-    layer.columns = state["columns"]
-    layer.columns_at_padding = state["columns_at_padding"]
+    layer.columns, layer.columns_at_padding = columns, at_padding
     layer.is_initialized = True
-
-
-def _unpack_block(tensors: Tensors, state: State, device: torch.device) -> RowBlock:
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    keys, values, positions = tensors["keys"], tensors["values"], tensors.get("positions")
-    block = RowBlock(state["rows"], keys, values, positions, length=keys.shape[1])
-    block.reserve(state["capacity"])  # the same as before, so that it grows, and is computed with, as before
-    return block
 
 
 def _pack_sliding(layer: Any) -> tuple[Tensors, State]:
@@ -204,6 +238,9 @@ def _pack_sliding(layer: Any) -> tuple[Tensors, State]:
 
 def _unpack_sliding(layer: Any, tensors: Tensors, state: State, device: torch.device) -> None:
     keys, values = (tensors[name].to(device, copy=True) for name in ("keys", "values"))
+    length = keys.shape[2]
+    if keys.shape[:3] != values.shape[:3] or not length <= state["cumulative_length"] or length > layer.sliding_window:
+        raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} are no window")
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     layer.cumulative_length = state["cumulative_length"]

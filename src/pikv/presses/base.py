@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from pikv.core import Kept, LayerView
 from pikv.presses.session import apply
-from pikv.presses.stage import FreeStage, Stage
+from pikv.presses.stage import FreeStage, Stage, StageSource
 
 
-class BasePress:
+class BasePress(StageSource):
     """Compresses the cache of a model for the time of a ``with`` block.
 
     A press holds settings and statistics only. What belongs to a model is made by ``bind`` when the press is applied, so one
@@ -18,8 +18,8 @@ class BasePress:
     A press of one's own overrides ``compress`` and ``min_kept``.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[int, list[tuple[int, int]]] = {}
+    needs_calibration: ClassVar[bool] = False
+    """Whether ``bind`` refuses a model without a calibration."""
 
     @property
     def compression_ratio(self) -> float:
@@ -37,7 +37,7 @@ class BasePress:
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""
-        return [FreeStage(presses=(self,), compress=self.compress)]
+        return [FreeStage(presses=(self,), compress=self.compress, smallest_row=self.min_kept)]
 
     def compress(self, view: LayerView) -> Kept | None:
         """Returns the tokens of one layer to keep, for every row ``b * G + g`` ascending token numbers; None keeps all."""
@@ -47,34 +47,5 @@ class BasePress:
         """Tokens that the smallest row would keep of a context of ``num_tokens``."""
         return num_tokens
 
-    def record(self, layer_idx: int, num_given: int, num_evicted: int) -> None:
-        """Notes how many tokens, over all its rows, were newly given to a layer, and how many this press evicted from it."""
-        self._kept.setdefault(layer_idx, []).append((num_given, num_given - num_evicted))
-
-    def get_stats(self) -> dict[str, Any]:
-        """What the press did since the last reset: compressions, and the share removed, by layer and in all."""
-        given = {layer: sum(pair[0] for pair in pairs) for layer, pairs in self._kept.items()}
-        kept = {layer: sum(pair[1] for pair in pairs) for layer, pairs in self._kept.items()}
-        total = sum(given.values())
-        return {
-            "compression_count": max((sum(pair[0] > 0 for pair in pairs) for pairs in self._kept.values()), default=0),
-            "compression_ratio": 1 - sum(kept.values()) / total if total else 0.0,
-            "layer_stats": {
-                layer: {
-                    "num_given": given[layer],
-                    "num_kept": kept[layer],
-                    "compression_ratio": 1 - kept[layer] / given[layer] if given[layer] else 0.0,
-                }
-                for layer in sorted(given)
-            },
-        }
-
-    def reset_stats(self) -> None:
-        self._kept.clear()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(compression_ratio={self.compression_ratio:g})"
-
-
-class NoCompressionPress(BasePress):
-    """Keeps everything: the full cache on PiKV's storage, the baseline of every comparison."""

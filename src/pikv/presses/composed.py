@@ -15,6 +15,9 @@ class ComposedPress(BasePress):
         super().__init__()
         if not presses:
             raise ValueError("ComposedPress needs at least one press")
+        for press in presses:
+            if not isinstance(press, BasePress):
+                raise ValueError(f"ComposedPress needs presses, not {press!r}")
         self.presses = list(presses)
 
     @property

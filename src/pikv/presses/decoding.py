@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from pikv.budget.amount import Amount
+from pikv.checks import check_count
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage, Stage, joined
+from pikv.presses.trigger import EveryTokens
 from pikv.presses.wrapper import WrapperPress
-from pikv.scheduling.every_tokens import EveryTokens
 
 
 class DecodingPress(WrapperPress):
@@ -25,7 +26,7 @@ class DecodingPress(WrapperPress):
     ) -> None:
         super().__init__(press)
         self.amount = Amount(tokens=target_size)
-        self.trigger = EveryTokens(compression_interval, min(buffer_size, compression_interval))
+        self.trigger = EveryTokens(compression_interval, min(check_count(buffer_size, "buffer_size"), compression_interval))
 
     @property
     def compression_ratio(self) -> float:
@@ -33,7 +34,7 @@ class DecodingPress(WrapperPress):
         return float(self.get_stats()["compression_ratio"])
 
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
-        if stage.reread:
+        if stage.needs.reread:
             raise ValueError(f"{stage.press!r} reads the context again, which it cannot while decoding")
         return replace(stage, trigger=self.trigger, budget=stage.budget.with_amount(self.amount))
 

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pikv.budget.profiles import ProfileBudget
+from pikv.checks import check_count
 from pikv.core import LayerView
 from pikv.presses.base import BasePress
+from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.routing.calibration import Calibration
@@ -18,6 +20,7 @@ from pikv.scoring.position import ends_first
 from pikv.scoring.wrapping import WrappingScorer
 
 
+@register_press("headwise", group="wrapper", wraps="snapkv")
 class ProfileBudgetPress(WrapperPress):
     """Shares another press's tokens out among all heads and layers by what later queries read, as calibration measured it.
 
@@ -28,6 +31,8 @@ class ProfileBudgetPress(WrapperPress):
         ValueError: when applied, if there is no calibration of the model.
     """
 
+    needs_calibration = True
+
     def __init__(
         self,
         press: BasePress,
@@ -37,11 +42,9 @@ class ProfileBudgetPress(WrapperPress):
         recent_size: int = 16,
     ) -> None:
         super().__init__(press)
-        if sink_size < 0 or recent_size < 0:
-            raise ValueError("sink_size and recent_size must be at least 0")
         self.calibration = calibration
-        self.sink_size = sink_size
-        self.recent_size = recent_size
+        self.sink_size = check_count(sink_size, "sink_size", least=0)
+        self.recent_size = check_count(recent_size, "recent_size", least=0)
 
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         calibration = resolve(self.calibration, model)

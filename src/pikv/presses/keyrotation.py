@@ -4,15 +4,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pikv.cache.block import RowBlock
 from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows
 from pikv.core import Decision, Kept, LayerView
 from pikv.hf.rotary import Rotary
+from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.presses.wrapper import WrapperPress
 
 
+@register_press("keyrotation", group="wrapper", paper="2408.00167", wraps="snapkv")
 class KeyRerotationPress(WrapperPress):
     """Turns the keys that another press keeps to positions without gaps, as StreamingLLM and FINCH do (arXiv 2408.00167).
 
@@ -21,8 +25,7 @@ class KeyRerotationPress(WrapperPress):
 
     Raises:
         ValueError: when applied, if the model has no rotary position embedding, or for presses that share out over layers;
-        inside
-            the block, for a cache that another press evicted tokens from.
+            inside the block, for a cache that another press evicted tokens from.
     """
 
     def bind(self, model: Any) -> list[Stage]:
@@ -33,7 +36,7 @@ class KeyRerotationPress(WrapperPress):
                 raise ValueError(
                     f"{stage.press!r} shares tokens out over the layers; its keys cannot be turned one layer at a time"
                 )
-        return [_RotatingStage(**_fields_of(stage), rotary=rotary, inner=stage) for stage in stages]
+        return [stage if isinstance(stage, _RotatingStage) else _RotatingStage.of(stage, rotary) for stage in stages]
 
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         return stage
@@ -46,6 +49,10 @@ class _RotatingStage(ScoredStage):
     rotary: Rotary
     inner: ScoredStage
 
+    @classmethod
+    def of(cls, stage: ScoredStage, rotary: Rotary) -> "_RotatingStage":
+        return cls(**{each.name: getattr(stage, each.name) for each in fields(stage)}, rotary=rotary, inner=stage)
+
     def decide(self, view: LayerView) -> Decision:
         self._check(view)  # before anything is evicted
         return super().decide(view)
@@ -53,13 +60,14 @@ class _RotatingStage(ScoredStage):
     def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
         self.inner.after_keep(view, kept, rows)
         before, heads = view.key_positions, rows.num_kv_heads
-        for block in rows.blocks:
+
+        def turn(block: RowBlock, keys: Tensor, numbers: Tensor) -> Tensor:
             old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.row_ids])
             ends = torch.tensor([int(view.seen[row // heads]) for row in block.row_ids], device=old.device).unsqueeze(1)
-            new = ends - block.length + torch.arange(block.length, device=old.device)
-            keys = block.keys[:, : block.length]
-            block.keys[:, : block.length] = self.rotary.rotate(keys, new - old, view.layer_idx)
-        view.state[ContiguousPositions] = ContiguousPositions(seen=int(view.seen.sum()), lengths=rows.lengths)
+            return self.rotary.rotate(keys, ends - block.length + numbers - old[:, numbers], view.layer_idx)
+
+        rows.set_keys(turn)
+        view.state[ContiguousPositions] = ContiguousPositions(seen=view.call.seen, lengths=rows.lengths)
 
     def _check(self, view: LayerView) -> None:
         has_gaps = ContiguousPositions not in view.state and bool((view.kept.lengths != view.seen.view(-1, 1)).any())
@@ -68,7 +76,3 @@ class _RotatingStage(ScoredStage):
                 "another press evicted tokens from this cache, or it comes from a file: its keys may stand with gaps"
             )
         _ = view.key_positions  # raises where they are not known
-
-
-def _fields_of(stage: ScoredStage) -> dict[str, Any]:
-    return {each.name: getattr(stage, each.name) for each in fields(stage)}

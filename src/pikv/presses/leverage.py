@@ -1,12 +1,92 @@
-"""Leverage scores: keys that point where few others do stay."""
+"""Leverage scores: keys that point where few others do stay (Compactor, arXiv 2507.08143)."""
 
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.budget.amount import Limits
+from pikv.checks import check_count
+from pikv.core import BlockView, LayerView, Needs
+from pikv.hf.rotary import Rotary, rotary_of
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
-from pikv.scoring.leverage import LeverageScorer
+from pikv.scoring.base import Scorer
+
+_FIRST_JITTER = 1e-2
+_NUM_TRIES = 8
 
 
+class LeverageScorer(Scorer):
+    """Scores a token by the statistical leverage of its key before RoPE: how much of its direction the others do not have.
+
+    The row's keys are centred and multiplied by a random matrix with ``sketch_dimension`` columns, the same for every sequence;
+    keys that are no longer than that are left as they are.
+    """
+
+    needs = Needs()
+
+    def __init__(self, sketch_dimension: int = 48, seed: int = 0) -> None:
+        self.sketch_dimension = check_count(sketch_dimension, "sketch_dimension")
+        self.seed = seed
+        self.rotary: Rotary | None = None
+
+    def bind(self, model: Any) -> "LeverageScorer":
+        bound = copy(self)
+        bound.rotary = rotary_of(model)
+        return bound
+
+    def score(self, view: LayerView) -> Tensor:
+        # A word's keys before RoPE are all alike in the first layer, up to rounding; what is done here should add little.
+        dtype = torch.float32 if view.kept.device.type == "mps" else torch.float64
+        dim = view.queries.shape[3]
+        places, sketch = view.key_positions, None
+        if dim > self.sketch_dimension:
+            sketch = self._sketch(view, dim).to(view.kept.device, dtype)
+
+        def leverage(block: BlockView) -> Tensor:
+            keys = block.keys.float()
+            if self.rotary is not None:
+                keys = self.rotary.rotate(keys, -block.of_rows(places), view.layer_idx)
+            keys = keys.to(dtype)
+            centred = keys - keys.sum(1, keepdim=True) / max(1, block.length)
+            if sketch is not None:
+                centred = centred @ sketch[block.heads]
+            factor = _cholesky(centred.mT @ centred)
+            solved: Tensor = torch.linalg.solve_triangular(factor, centred.mT, upper=False)
+            return solved.square().sum(1).float()
+
+        return view.by_block(leverage, numbers_per_token=8 * dim)  # in this type, all keys together would outgrow the cache
+
+    def _sketch(self, view: LayerView, dim: int) -> Tensor:
+        """A random matrix for every KV head, ``[G, D, sketch_dimension]``."""
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + view.layer_idx)
+        shape = (view.kept.shape[1], dim, self.sketch_dimension)
+        sketch: Tensor = torch.randn(shape, generator=generator) / self.sketch_dimension**0.5
+        return sketch
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The lower factors of ``gram`` ``[..., k, k]`` with as little added to each diagonal as it needs.
+
+    Raises:
+        ValueError: for matrices that are not finite.
+    """
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    jitter = gram.new_full((*gram.shape[:-2], 1, 1), _FIRST_JITTER)
+    for _ in range(_NUM_TRIES):
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(gram + jitter * identity)
+        failed = (info != 0)[..., None, None]
+        if not bool(failed.any()):
+            return factor
+        jitter = torch.where(failed, 10 * jitter, jitter)
+    raise ValueError("these keys have no leverage: they are not finite, or too large")
+
+
+@register_press("leverage", group="keys", paper="2507.08143")
 class LeverageScorePress(ScorerPress):
     """Keeps tokens whose keys point where few others do, by approximate statistical leverage (Compactor, arXiv 2507.08143).
 

@@ -16,6 +16,7 @@ from pikv.cache.rows import RaggedRows
 from pikv.calibration.heads import head_shape
 from pikv.core import Kept, LayerView
 from pikv.hf.support import ragged_layers
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.routing.base import MoERouter
@@ -31,6 +32,12 @@ from pikv.scoring.experts import EXPERTS, RetentionExpert, default_experts, get_
 from pikv.scoring.hooked import Compress, CompressionExpert
 
 
+@register_press("base", group="router", options={"router_type": "base"})
+@register_press("topk_balanced", group="router", options={"router_type": "topk_balanced"})
+@register_press("adaptive", group="router", options={"router_type": "adaptive"})
+@register_press("pikv", group="router", options={"router_type": "pikv"})
+@register_press("eplb", group="router", options={"router_type": "eplb"})
+@register_press("hierarchical", group="router", options={"router_type": "hierarchical"})
 class MoERouterPress(ScorerPress):
     """Scores every token by the votes of retention experts, weighted by a router that reads its hidden state.
 

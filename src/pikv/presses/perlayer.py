@@ -4,11 +4,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pikv.budget.per_layer import PerLayerBudget
+from torch import Tensor
+
+from pikv.budget.amount import Amount, kept_tokens
+from pikv.budget.base import Budget
+from pikv.checks import check_ratio
+from pikv.core import LayerView
 from pikv.hf.support import ragged_layers
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.presses.wrapper import WrapperPress
+
+
+class PerLayerBudget(Budget):
+    """Removes from every layer's rows the share in ``ratios``, which has an entry for each layer of ragged rows."""
+
+    def __init__(self, ratios: Sequence[float]) -> None:
+        if not ratios:
+            raise ValueError("there must be a ratio for every layer")
+        self.ratios = [check_ratio(ratio, "every layer's ratio") for ratio in ratios]
+        self.amount = Amount(sum(self.ratios) / len(self.ratios))
+
+    def target_lengths(self, view: LayerView) -> Tensor:
+        return kept_tokens(view.num_given, self.ratios[view.rank]).clamp(min=1)
+
+    def with_amount(self, amount: Amount) -> Budget:
+        raise ValueError("ratios by layer cannot be replaced by one amount")
+
+    def min_kept(self, num_tokens: int) -> int:
+        return min(Amount(ratio).min_kept(num_tokens) for ratio in self.ratios)
 
 
 class PerLayerPress(WrapperPress):

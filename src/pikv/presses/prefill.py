@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pikv.hf.cache import PiKVCache
-from pikv.presses.base import BasePress, NoCompressionPress
+from pikv.presses.base import BasePress
+from pikv.presses.none import NoCompressionPress
 
 
 @torch.no_grad()

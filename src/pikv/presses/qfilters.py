@@ -1,5 +1,7 @@
-"""Q-Filters: keys in the direction that queries have in common stay."""
+"""Q-Filters: keys in the direction that queries have in common stay (arXiv 2503.02812)."""
 
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,42 @@ from typing_extensions import Unpack
 
 from pikv.budget.amount import Limits
 from pikv.calibration.query_filters import checked_filters, find_query_filters, load_query_filters
+from pikv.core import BlockView, LayerView, Needs
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
-from pikv.scoring.query_filter import QueryFilterScorer
+from pikv.scoring.base import Scorer
 
 
+class QueryFilterScorer(Scorer):
+    """Scores a token by the product of its key and its KV head's filter, the direction that queries have in common.
+
+    ``filters_of`` finds the filters of a model, ``[num_layers, G, D]``.
+    """
+
+    needs = Needs()
+
+    def __init__(self, filters_of: Callable[[Any], Tensor]) -> None:
+        self.filters_of = filters_of
+        self.filters: Tensor | None = None
+
+    def bind(self, model: Any) -> "QueryFilterScorer":
+        bound = copy(self)
+        bound.filters = self.filters_of(model)
+        return bound
+
+    def score(self, view: LayerView) -> Tensor:
+        if self.filters is None:
+            raise ValueError("query filters belong to a model: bind the scorer to one")
+        filters = self.filters[view.rank]
+
+        def product(block: BlockView) -> Tensor:
+            keys = block.keys.float()
+            return (keys @ filters[block.heads].to(keys).unsqueeze(2)).squeeze(2)
+
+        return view.by_block(product, numbers_per_token=view.queries.shape[3])
+
+
+@register_press("qfilters", group="keys", paper="2503.02812")
 class QFiltersPress(ScorerPress):
     """Keeps tokens whose keys lie in the direction that a head's queries have in common (Q-Filters, arXiv 2503.02812).
 

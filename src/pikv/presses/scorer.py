@@ -3,31 +3,55 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.budget.amount import Amount, Limits
 from pikv.budget.base import Budget
 from pikv.budget.uniform import UniformBudget
+from pikv.core import LayerView, Needs
 from pikv.presses.base import BasePress
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.scoring.base import Scorer
 
 
 class ScorerPress(BasePress):
-    """Keeps the tokens that a scorer ranks highest, as many per row as a budget allows.
+    """Keeps the tokens that a scorer ranks highest, as many per row as a budget allows: ``ScorerPress(scorer, 0.75)``.
+
+    A subclass with a method ``score(view)`` of its own, which returns ``[B, G, L]``, needs no scorer: ``MyPress(0.75)``.
 
     ``compression_ratio`` is the share of the tokens to remove (0 <= ratio < 1). In its place, ``budget`` is the number of
     tokens to keep per KV head, ``max_bytes`` what the whole cache may hold after compression. ``sharing`` is how the amount
     is shared out; by default every row gets the same.
+
+    Raises:
+        ValueError: without a scorer, for a ratio outside of [0, 1), and for limits that are no whole numbers of at least 1.
     """
 
+    needs = Needs(queries=True)
+    """What a ``score`` of its own looks at beside positions, keys and values."""
+
     def __init__(
-        self, scorer: Scorer, compression_ratio: float = 0.5, *, sharing: Budget | None = None, **limits: Unpack[Limits]
+        self,
+        scorer: Scorer | float | None = None,
+        compression_ratio: float = 0.5,
+        *,
+        sharing: Budget | None = None,
+        **limits: Unpack[Limits],
     ) -> None:
         super().__init__()
+        if not isinstance(scorer, Scorer):
+            if type(self).score is ScorerPress.score:
+                raise ValueError(f"{type(self).__name__} needs a scorer, or a method score(view) of its own")
+            compression_ratio = compression_ratio if scorer is None else scorer
+            scorer = _OwnScorer(self)
         self.scorer = scorer
         amount = Amount.of(compression_ratio, limits)
         self.budget = UniformBudget(amount) if sharing is None else sharing.with_amount(amount)
+
+    def score(self, view: LayerView) -> Tensor:
+        """How important each cached token is, ``[B, G, L]``, higher for more; anything behind a row's end."""
+        return self.scorer.score(view)
 
     @property
     def compression_ratio(self) -> float:
@@ -48,4 +72,33 @@ class ScorerPress(BasePress):
             said = f"budget={amount.tokens}"
         elif amount.max_bytes is not None:
             said = f"max_bytes={amount.max_bytes}"
-        return f"{type(self).__name__}({said})"
+        scorer = f"{type(self.scorer).__name__}(), " if type(self) is ScorerPress else ""
+        return f"{type(self).__name__}({scorer}{said})"
+
+
+class _OwnScorer(Scorer):
+    """The ``score`` of a press."""
+
+    def __init__(self, press: ScorerPress) -> None:
+        self.press = press
+        self.needs = press.needs
+
+    def score(self, view: LayerView) -> Tensor:
+        return self.press.score(view)
+
+
+def own_scorer_press(kind: type[Scorer]) -> type[ScorerPress]:
+    """A class of presses that keep what scorers of this class rank highest, and take their arguments by name."""
+
+    def build(
+        self: ScorerPress,
+        compression_ratio: float = 0.5,
+        *,
+        sharing: Budget | None = None,
+        budget: int | None = None,
+        max_bytes: int | None = None,
+        **options: Any,
+    ) -> None:
+        ScorerPress.__init__(self, kind(**options), compression_ratio, sharing=sharing, budget=budget, max_bytes=max_bytes)
+
+    return type(kind.__name__, (ScorerPress,), {"__init__": build, "__doc__": kind.__doc__, "__module__": kind.__module__})

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.budget.select import values_of
-from pikv.core import AttentionCall, LayerView
+from pikv.cache.row_state import RowState
+from pikv.cache.rows import RaggedRows
+from pikv.core import AttentionCall, LayerView, Needs, plain_arithmetic
 from pikv.hf.hooks import ForwardInputs, observe
 from pikv.hf.reread import check_room, read_again
 from pikv.hf.support import check_supported, ragged_layers
-from pikv.presses.steps import DecodingHistory, LastLength, state_of
-
-if TYPE_CHECKING:
-    from pikv.presses.base import BasePress
-    from pikv.presses.stage import Stage
+from pikv.presses.stage import Stage, StageSource
+from pikv.presses.stats import LastLength, StatsRecorder
+from pikv.presses.steps import DecodingHistory, state_of
+from pikv.scoring.token_state import TokenState
 
 
 @contextmanager
-def apply(press: BasePress, model: Any) -> Iterator[None]:
+def apply(press: StageSource, model: Any) -> Iterator[None]:
     """Lets ``press`` compress the caches of ``model`` until the block ends."""
     check_supported(model)  # before a press looks at the model in its own way
     session = Session(press, model, press.bind(model))
@@ -31,7 +32,7 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
         before_forward=session.before_forward,
         after_attention=session.after_attention,
         after_forward=session.after_forward,
-        wants_logsumexp=any(stage.wants_logsumexp for stage in session.stages),
+        wants_logsumexp=session.needs.logsumexp,
     ):
         yield
 
@@ -39,13 +40,16 @@ def apply(press: BasePress, model: Any) -> Iterator[None]:
 class Session:
     """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass."""
 
-    def __init__(self, press: BasePress, model: Any, stages: Sequence[Stage]) -> None:
+    def __init__(self, press: StageSource, model: Any, stages: Sequence[Stage]) -> None:
         self.press = press
         self.model = model
         self.stages = stages
         self.ranks = {layer: rank for rank, layer in enumerate(ragged_layers(model.config))}
         self.num_kept_steps = max((stage.trigger.queries_while_decoding for stage in stages), default=0)
-        self.reread = next((stage.reread for stage in stages if stage.reread), None)
+        self.needs = Needs()
+        for stage in stages:
+            self.needs |= stage.needs
+        self.reread = self.needs.reread
         self.waits = False  # with all decisions, for a second reading
         self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
@@ -71,7 +75,7 @@ class Session:
     def after_attention(self, call: AttentionCall) -> None:
         """Lets the stages whose time has come decide about the layer that was just computed."""
         if self.waits:
-            if not any(stage.reads_queries for stage in self.stages):
+            if not self.needs.queries:
                 call = call.newest_column()
             self.waiting[call.layer_idx] = call
         else:
@@ -88,7 +92,6 @@ class Session:
         self.scratch.clear()
         self.inputs = None
 
-    @torch.no_grad()
     def act(self, call: AttentionCall, reread: Tensor | None = None) -> None:
         """Takes the decision of every stage that is due about one layer, and carries it out.
 
@@ -96,37 +99,42 @@ class Session:
         them. So a conversation that is compressed turn by turn ends up with the same share as one that is compressed at
         once.
         """
+        with plain_arithmetic(call.queries.device):
+            self._act(call, reread)
+
+    def _act(self, call: AttentionCall, reread: Tensor | None) -> None:
         rows = call.rows
         steps = state_of(DecodingHistory, call, self.press)
         steps.add(call, self.num_kept_steps)
         due = [stage for stage in self.stages if stage.trigger.should_act(call.num_new, steps.num_single)]
-        watching = [stage for stage in self.stages if stage.watches and stage not in due] if call.num_new > 1 else []
+        observing = [stage for stage in self.stages if stage.needs.observes and stage not in due] if call.num_new > 1 else []
         if due:
             self._decide(due, steps.joined(call) if call.num_new == 1 else call, reread)
             call.state[DecodingHistory, self.press] = DecodingHistory(seen=steps.seen)
-        for stage in watching:
-            stage.watch(self._view(stage, call, rows.lengths, None, is_first=not due))
+        for stage in observing:
+            stage.observe(self._view(stage, call, rows.lengths, None, is_first=not due))
 
     def _decide(self, due: Sequence[Stage], call: AttentionCall, reread: Tensor | None) -> None:
         """Takes the decisions of the stages that are due, one after the other."""
         rows = call.rows
-        books = StatsRecorder(call)
+        recorder = StatsRecorder(call)
         num_given = torch.tensor(rows.seen).unsqueeze(1).expand(-1, rows.num_kv_heads)
         for stage in due:
             num_before = int(rows.lengths.sum())
             view = self._view(stage, call, num_given, reread, is_first=stage is due[0])
             decision = stage.decide(view)
+            rows.apply(decision)
             if decision.kept is not None:
-                rows.keep(decision.kept)
+                _forget_evicted(call.state, rows)
                 stage.after_keep(view, decision.kept, rows)
                 reread = None if reread is None else values_of(decision.kept, reread)
-            books.enter(stage.presses, num_before)
+            recorder.enter(stage.presses, num_before)
             num_given = rows.lengths if decision.target_lengths is None else decision.target_lengths
             for layer, kept in decision.earlier.items():
                 self._revise(stage, layer, kept)
         if any(stage.is_bounded_in_bytes for stage in due):
             rows.fit()
-        books.close()
+        recorder.close()
 
     def _revise(self, stage: Stage, layer: int, kept: Sequence[Tensor]) -> None:
         """Takes from a layer that was decided about before."""
@@ -135,9 +143,12 @@ class Session:
         rows = cache.rows(layer)
         num_evicted = int(rows.lengths.sum()) - sum(len(row) for row in kept)
         rows.keep(kept)
+        state = cache.state(layer)
+        _forget_evicted(state, rows)
         for press in stage.presses:
             press.record(layer, 0, num_evicted)
-            cache.state(layer)[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+            held = state[LastLength, press]
+            state[LastLength, press] = LastLength(seen=held.seen, num_tokens=rows.lengths.sum(1))
 
     def _view(
         self, stage: Stage, call: AttentionCall, num_given: Tensor, reread: Tensor | None, *, is_first: bool
@@ -156,25 +167,8 @@ class Session:
         )
 
 
-class StatsRecorder:
-    """What every press was given in one layer, and how much of it it evicted, entered into its statistics."""
-
-    def __init__(self, call: AttentionCall) -> None:
-        self.call = call
-        self.entered: set[BasePress] = set()
-
-    def enter(self, presses: Sequence[BasePress], num_before: int) -> None:
-        """Enters what a stage did to the rows, which held ``num_before`` tokens, for all presses that it is part of."""
-        num_evicted = num_before - int(self.call.rows.lengths.sum())
-        for press in presses:
-            held = state_of(LastLength, self.call, press)
-            # Of several stages of one press, the first one is given what came since the press last acted.
-            num_given = 0 if press in self.entered else num_before - held.num_tokens
-            press.record(self.call.layer_idx, num_given, num_evicted)
-            self.entered.add(press)
-
-    def close(self) -> None:
-        """Notes what the rows hold now, to tell later what came since."""
-        rows = self.call.rows
-        for press in self.entered:
-            self.call.state[LastLength, press] = LastLength(seen=sum(rows.seen), num_tokens=int(rows.lengths.sum()))
+def _forget_evicted(state: Mapping[Any, RowState], rows: RaggedRows) -> None:
+    """What is noted of tokens that were evicted goes with them."""
+    for each in state.values():
+        if isinstance(each, TokenState):
+            each.keep_only(rows.kept().positions)

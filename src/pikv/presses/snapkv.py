@@ -3,10 +3,12 @@
 from typing_extensions import Unpack
 
 from pikv.budget.amount import Limits
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.scoring.window import WindowScorer
 
 
+@register_press("snapkv", group="attention", paper="2404.14469")
 class SnapKVPress(ScorerPress):
     """Keeps what the last queries attend to (SnapKV, arXiv 2404.14469).
 

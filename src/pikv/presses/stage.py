@@ -1,11 +1,11 @@
-"""A stage: one scorer, one budget, one schedule, bound to a model; presses are made of stages."""
+"""A stage: one scorer, one budget, one trigger, bound to a model; presses are made of stages."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,10 @@ from torch import Tensor
 from pikv.budget.base import Budget, JointBudget, ScoredLayer
 from pikv.budget.select import select, values_of
 from pikv.cache.rows import RaggedRows
-from pikv.core import Decision, Kept, LayerView, Reread
-from pikv.scheduling.after_prefill import AfterPrefill
-from pikv.scheduling.base import Trigger
+from pikv.core import Decision, Kept, LayerView, Needs
+from pikv.presses.stats import Recorder
+from pikv.presses.trigger import AfterPrefill, Trigger
 from pikv.scoring.base import Scorer
-
-if TYPE_CHECKING:
-    from pikv.presses.base import BasePress
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,11 +26,11 @@ class Stage(ABC):
     ``presses`` are those whose statistics it counts to: its own press, then the ones around it.
     """
 
-    presses: tuple[BasePress, ...]
+    presses: tuple[Recorder, ...]
     trigger: Trigger = field(default_factory=AfterPrefill)
 
     @property
-    def press(self) -> BasePress:
+    def press(self) -> Recorder:
         """The press that it is a stage of."""
         return self.presses[0]
 
@@ -43,30 +40,16 @@ class Stage(ABC):
         return False
 
     @property
-    def reads_queries(self) -> bool:
-        """Whether a decision looks at queries or hidden states."""
-        return True
-
-    @property
-    def wants_logsumexp(self) -> bool:
-        return False
-
-    @property
-    def reread(self) -> Reread | None:
-        """How the context is to be read again, if the decision needs that."""
-        return None
+    def needs(self) -> Needs:
+        """What its decisions look at."""
+        return Needs(queries=True)
 
     @property
     def revises_earlier_layers(self) -> bool:
         return False
 
-    @property
-    def watches(self) -> bool:
-        """Whether it wants to see contexts that are read when it is not its time to decide."""
-        return False
-
-    def watch(self, view: LayerView) -> None:  # noqa: B027
-        """Is shown a layer of such a context, if it ``watches``."""
+    def observe(self, view: LayerView) -> None:  # noqa: B027
+        """Is shown, if it ``needs.observes``, a layer of a context that is read when it is not its time to decide."""
 
     @abstractmethod
     def decide(self, view: LayerView) -> Decision:
@@ -80,17 +63,26 @@ class Stage(ABC):
         """Tokens that the smallest row would keep of a context of ``num_tokens``."""
 
 
+class StageSource(Recorder, ABC):
+    """What stages come from: a press, seen from below."""
+
+    @abstractmethod
+    def bind(self, model: Any) -> Sequence[Stage]:
+        """The decisions to take, one after the other, in every layer of ``model``."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FreeStage(Stage):
     """A decision in one piece, as a press of one's own takes it."""
 
     compress: Callable[[LayerView], Kept | None]
+    smallest_row: Callable[[int], int]
 
     def decide(self, view: LayerView) -> Decision:
         return Decision(kept=self.compress(view))
 
     def min_kept(self, num_tokens: int) -> int:
-        return self.press.min_kept(num_tokens)
+        return self.smallest_row(num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,33 +101,21 @@ class ScoredStage(Stage):
         return self.budget.amount.max_bytes is not None
 
     @property
-    def reads_queries(self) -> bool:
-        return self.scorer.reads_queries or self.budget.reads_queries
-
-    @property
-    def wants_logsumexp(self) -> bool:
-        return self.scorer.wants_logsumexp
-
-    @property
-    def reread(self) -> Reread | None:
-        return self.scorer.reread
+    def needs(self) -> Needs:
+        return self.scorer.needs | self.budget.needs
 
     @property
     def revises_earlier_layers(self) -> bool:
         return isinstance(self.budget, JointBudget)
 
-    @property
-    def watches(self) -> bool:
-        return self.scorer.watches
-
-    def watch(self, view: LayerView) -> None:
-        if self.scorer.watches:
-            self.scorer.watch(view)
+    def observe(self, view: LayerView) -> None:
+        if self.scorer.needs.observes:
+            self.scorer.observe(view)
 
     def decide(self, view: LayerView) -> Decision:
         target_lengths, lengths = self.budget.target_lengths(view), view.kept.lengths
         if self.budget.has_room(view, target_lengths):
-            self.watch(view)
+            self.observe(view)
             return Decision(kept=None, target_lengths=target_lengths)
         view = replace(view, budget=torch.minimum(target_lengths, lengths))
         scores, num_protected = self.scorer.score(view), torch.zeros_like(lengths)
@@ -180,14 +160,14 @@ class ScoredStage(Stage):
         return self.budget.min_kept(num_tokens)
 
 
-def joined(stages: Sequence[Stage], press: BasePress) -> list[Stage]:
+def joined(stages: Sequence[Stage], press: Recorder) -> list[Stage]:
     """The stages of ``press``, a composition.
 
     Raises:
         ValueError: if one that revises earlier layers is not the last, since what came after it would be undone; or if more
             than one wants the context read again.
     """
-    if sum(stage.reread is not None for stage in stages) > 1:
+    if sum(stage.needs.reread is not None for stage in stages) > 1:
         raise ValueError("only one press of a composition can read the context again")
     for stage in stages[:-1]:
         if stage.revises_earlier_layers:

@@ -1,12 +1,14 @@
-"""StreamingLLM: sinks and recent tokens."""
+"""StreamingLLM: sinks and recent tokens stay."""
 
 from typing_extensions import Unpack
 
 from pikv.budget.amount import Limits
+from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.scoring.position import PositionScorer
 
 
+@register_press("streaming", group="position", paper="2309.17453")
 class StreamingLLMPress(ScorerPress):
     """Keeps the first tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
 

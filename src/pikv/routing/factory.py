@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pikv.names.unknown import unknown
+from pikv.registry import unknown
 from pikv.routing.adaptive import AdaptiveRouter
 from pikv.routing.base import MoERouter
 from pikv.routing.eplb import EPLBRouter

@@ -46,7 +46,9 @@ def remember_mixture(view: LayerView, key: tuple[object, ...], weights: Tensor) 
     seen = int(view.seen.sum())
     positions = torch.where(view.is_token, view.query_positions, -1).to(weights.device)
     rows = torch.arange(len(positions), device=weights.device).unsqueeze(1)
-    view.state[(*key, seen)] = Mixtures(seen=seen, positions=positions, weights=weights[rows, positions.clamp(min=0)])
+    view.state[(*key, seen)] = Mixtures(
+        seen=view.seen.tolist(), positions=positions, weights=weights[rows, positions.clamp(min=0)]
+    )
 
 
 def recall(view: LayerView, key: tuple[object, ...], weights: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pikv.core import LayerView
+from pikv.core import LayerView, Needs
 from pikv.routing.base import Info, MoERouter
 from pikv.routing.memory import Hits, is_noted, prune, recall, remember_mixture
 from pikv.routing.panel import VotePanel, mixture_of
@@ -62,9 +62,9 @@ class RoutedVotesScorer(Scorer):
         self.panels = dict(panels)
         self.sink_size = sink_size
         self.recent_size = recent_size
-        self.watches = any(panel.router.calibrated for panel in self.panels.values())
+        self.needs = Needs(queries=True, observes=any(panel.router.calibrated for panel in self.panels.values()))
 
-    def watch(self, view: LayerView) -> None:
+    def observe(self, view: LayerView) -> None:
         if not is_noted(view, _key(self.panels[view.layer_idx], self.experts)):  # by another stage, in the same pass
             self._route(view)
 
@@ -140,7 +140,7 @@ def after_decision(view: LayerView, ballots: Sequence[Ballot], kept: Sequence[Te
         weighted = attention.unsqueeze(-1) * ballot.mixture
         has_lost = (view.kept.valid & ~is_kept).any(2).any(1)  # as in a batch of its own, where nothing would be decided
         new = Hits(
-            seen=int(view.seen.sum()),
+            seen=view.seen.tolist(),
             kept=(weighted * is_kept.unsqueeze(-1)).sum((1, 2)) * has_lost.unsqueeze(1),
             total=weighted.sum((1, 2)) * has_lost.unsqueeze(1),
         )

@@ -14,7 +14,7 @@ def chunk_views(view: LayerView, size: int) -> Iterator[tuple[int, LayerView, Te
     """Shows the layer as if it held nothing but one chunk of ``size`` true positions, for every chunk that holds a token.
 
     A chunk's queries are those of its own tokens. Where these came in earlier passes and are gone, the first ``size`` queries
-    of the present pass stand in. What is given and allotted is the chunk's share. ``state`` are those of the view.
+    of the present pass stand in. What is given and budgeted is the chunk's share. The running state is that of the view.
 
     Yields:
         the chunk's first position, its view, and its tokens' numbers in the row, ``[B, G, n]`` (int64; ``L`` for no token)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pikv.core import LayerView
-from pikv.names.unknown import unknown
-from pikv.scoring.base import Scorer, norms
+from pikv.registry import Registry
+from pikv.scoring.base import Scorer, value_norms
 from pikv.scoring.key_difference import KeyDifferenceScorer
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import window_attention
@@ -72,24 +72,17 @@ class ScorerExpert(RetentionExpert):
         return self.scorer.score(view)
 
 
-class FunctionExpert(RetentionExpert):
-    """Asks a function, which turns a view into preferences ``[B, G, L]``."""
-
-    def __init__(self, function: Callable[[LayerView], Tensor]) -> None:
-        self.function = function
-
-    def preference(self, view: LayerView) -> Tensor:
-        return self.function(view)
-
-
 class ValuedAttentionExpert(AttentionExpert):
     """Keeps what the most recent queries attend to, by how much that brings them: attention times the norm of the value."""
 
     def preference(self, view: LayerView) -> Tensor:
-        return super().preference(view) * norms(view.kept.values)
+        return super().preference(view) * value_norms(view)
 
 
-EXPERTS: dict[str, Callable[[], RetentionExpert]] = {
+EXPERTS: Registry[Callable[[], RetentionExpert]] = Registry("expert")
+"""Builders by name: shares of the first and last tokens, attention, keys unlike the others, the newest, valued attention."""
+
+_BUILDERS: dict[str, Callable[[], RetentionExpert]] = {
     "aggressive": lambda: EndsExpert(0.2, 0.1),
     "moderate": lambda: EndsExpert(0.3, 0.2),
     "conservative": lambda: EndsExpert(0.5, 0.3),
@@ -99,7 +92,8 @@ EXPERTS: dict[str, Callable[[], RetentionExpert]] = {
     "temporal_aware": lambda: ScorerExpert(PositionScorer(0)),
     "adaptive": ValuedAttentionExpert,
 }
-"""Builders by name: shares of the first and last tokens, attention, keys unlike the others, the newest, valued attention."""
+for _name, _build in _BUILDERS.items():
+    EXPERTS.register(_name, _build)
 
 
 def get_expert(name: str) -> RetentionExpert:
@@ -108,8 +102,6 @@ def get_expert(name: str) -> RetentionExpert:
     Raises:
         ValueError: for an unknown name, with the nearest.
     """
-    if name not in EXPERTS:
-        raise unknown("expert", name, EXPERTS)
     return EXPERTS[name]()
 
 
@@ -120,5 +112,7 @@ def default_experts(num_experts: int = 4) -> dict[str, RetentionExpert]:
         ValueError: if there are fewer.
     """
     if not 1 <= num_experts <= len(EXPERTS):
-        raise ValueError(f"num_experts must lie between 1 and {len(EXPERTS)}, the experts there are, not {num_experts}")
+        raise ValueError(
+            f"num_experts must lie between 1 and {len(EXPERTS)}, not {num_experts}; available: {', '.join(EXPERTS)}"
+        )
     return {name: get_expert(name) for name in list(EXPERTS)[:num_experts]}

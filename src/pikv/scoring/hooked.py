@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pikv.core import LayerView
-from pikv.scoring.base import score_by_length
+from pikv.core import BlockView, LayerView
 from pikv.scoring.experts import RetentionExpert
 
 Compress = Callable[..., tuple[Tensor, Tensor]]
@@ -31,11 +30,14 @@ class CompressionExpert(RetentionExpert):
     def preference(self, view: LayerView) -> Tensor:
         compress = self.compress_in(view)
 
-        def kept(keys: Tensor, values: Tensor) -> Tensor:
+        def kept(block: BlockView) -> Tensor:
+            keys, values = block.keys, block.values
             left, left_values = compress(keys.unsqueeze(1), values.unsqueeze(1))
-            return torch.stack([_are_among(*row) for row in zip(keys, values, left[:, 0], left_values[:, 0], strict=True)])
+            return torch.stack(
+                [_are_among(*row) for row in zip(keys, values, left[:, 0], left_values[:, 0], strict=True)]
+            ).float()
 
-        return score_by_length(view, kept)
+        return view.by_block(kept)
 
     def votes(self, view: LayerView) -> Tensor:
         """What is kept, as votes of 1 and 0, ``[B, G, L]``."""

@@ -3,15 +3,20 @@
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from pikv.core import LayerView
+from pikv.core import BlockView, LayerView, Needs
 from pikv.scoring.base import Scorer
 
 
 class KeyDifferenceScorer(Scorer):
     """Scores a token by the negated cosine similarity of its key to the mean of all normalised keys of its row."""
 
+    needs = Needs()
+
     def score(self, view: LayerView) -> Tensor:
-        keys = view.kept.keys.float()
-        # Keys behind a row's end are zero and stay so when they are normalised.
-        anchor = normalize(keys, dim=-1).sum(2, keepdim=True)
+        dim = view.queries.shape[3]
+        return view.by_block(self._score_rows, numbers_per_token=4 * dim)
+
+    def _score_rows(self, block: BlockView) -> Tensor:
+        keys = block.keys.float()
+        anchor = normalize(keys, dim=-1).sum(1, keepdim=True)
         return -cosine_similarity(keys, anchor, dim=-1)

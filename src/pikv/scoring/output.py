@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from pikv.core import LayerView
+from pikv.core import MAX_NUMBERS, BlockView, LayerView
 
 _NAMES = ("o_proj", "out_proj", "c_proj", "dense")
-_BLOCK_ELEMENTS = 1 << 22  # projected values that exist at a time
 
 
 def output_norms(view: LayerView) -> Tensor:
@@ -15,17 +14,21 @@ def output_norms(view: LayerView) -> Tensor:
     Raises:
         ValueError: if the attention module has no output projection that is known here.
     """
-    batch, heads, longest, dim = view.kept.values.shape
-    group = view.group_size
-    weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim)).float()
-    norms = torch.zeros((batch, heads, group, longest), device=view.kept.values.device)
-    size = max(1, _BLOCK_ELEMENTS // (batch * weight.shape[-1]))
-    for start in range(0, longest, size):
-        block = view.kept.values[:, :, start : start + size].float()
-        for head in range(heads):
-            for member in range(group):
-                norms[:, head, member, start : start + size] = (block[:, head] @ weight[head, member]).abs().sum(-1)
-    return norms
+    heads, group = view.kept.shape[1], view.group_size
+
+    def norms(block: BlockView) -> Tensor:
+        dim = block.values.shape[2]
+        weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim)).float()
+        found = torch.zeros((len(block.row_ids), block.length, group), device=block.values.device)
+        size = max(1, MAX_NUMBERS // weight.shape[-1])
+        for row, head in enumerate(block.heads):
+            for start in range(0, block.length, size):
+                values = block.values[row, start : start + size].float()
+                for member in range(group):
+                    found[row, start : start + size, member] = (values @ weight[head, member]).abs().sum(-1)
+        return found
+
+    return view.by_block(norms).movedim(3, 2)
 
 
 def _output_projection(module: nn.Module, num_inputs: int) -> Tensor:

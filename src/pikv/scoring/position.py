@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from pikv.core import LayerView
+from pikv.checks import check_count
+from pikv.core import LayerView, Needs
 from pikv.scoring.base import Scorer
 
 
 class PositionScorer(Scorer):
     """Scores by true position alone: the first ``sink_size`` tokens, then the most recent."""
 
+    needs = Needs()
+
     def __init__(self, sink_size: int = 4) -> None:
-        self.sink_size = sink_size
+        self.sink_size = check_count(sink_size, "sink_size", least=0)
 
     def score(self, view: LayerView) -> Tensor:
         positions = view.kept.positions

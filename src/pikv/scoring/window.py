@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from pikv.cache.kept import KeptTokens
-from pikv.core import LayerView
+from pikv.checks import check_count
+from pikv.core import BlockView, LayerView
 from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 
@@ -29,9 +30,11 @@ class WindowScorer(Scorer):
 
 
 def check_window(window_size: int, kernel_size: int) -> None:
-    """Raises ValueError unless both sizes are at least 1 and the kernel's is odd."""
-    if window_size < 1 or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError("window_size must be at least 1, kernel_size odd and at least 1")
+    """Raises ValueError unless both sizes are whole numbers of at least 1 and the kernel's is odd."""
+    check_count(window_size, "window_size")
+    check_count(kernel_size, "kernel_size")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, not {kernel_size}")
 
 
 def keep_window(view: LayerView, scores: Tensor, window_size: int, kernel_size: int) -> Tensor:
@@ -43,22 +46,36 @@ def keep_window(view: LayerView, scores: Tensor, window_size: int, kernel_size: 
     return ends_first(view, scores, sink_size=0, recent_size=window_size)
 
 
-def window_weights(view: LayerView, window_size: int) -> Tensor:
-    """Attention weights of the last ``window_size`` real queries of each sequence, ``[B, G, H / G, window, L]``.
+class LastQueries:
+    """The last ``window_size`` queries of each sequence, padding left out.
 
-    Sequences with fewer queries have rows of zeros in front.
+    Attributes:
+        queries: ``[R, H / G, window, D]``
+        positions: true positions, ``[B, window]``; -1 in front of sequences with fewer queries
+        counts: queries of each sequence, ``[B]``, at least 1
     """
-    kept = view.kept
-    dim = kept.keys.shape[3]
-    positions = view.query_positions
-    # The real queries of a sequence, sorted to the right; what is left of them is padding at position -1.
-    window_positions, order = positions.sort(dim=1, stable=True)
-    window_positions, order = window_positions[:, -window_size:], order[:, -window_size:]
-    queries = view.queries.gather(2, order[:, None, :, None].expand(-1, view.queries.shape[1], -1, dim))
-    visible = kept.valid[:, :, None, :] & (kept.positions[:, :, None, :] <= window_positions[:, None, :, None])
-    # Padding, and queries all of whose keys were evicted, see nothing.
-    visible &= (window_positions >= 0)[:, None, :, None]
-    return view.params.weights(queries, kept.keys, visible)
+
+    def __init__(self, view: LayerView, window_size: int) -> None:
+        # The real queries of a sequence, sorted to the right; what is left of them is padding at position -1.
+        positions, order = view.query_positions.sort(dim=1, stable=True)
+        self.positions, order = positions[:, -window_size:], order[:, -window_size:]
+        index = order[:, None, :, None].expand(-1, view.queries.shape[1], -1, view.queries.shape[3])
+        queries = view.queries.gather(2, index)
+        self.queries = queries.reshape(-1, view.group_size, *queries.shape[2:])
+        self.counts = view.is_token.sum(1).clamp(min=1, max=self.positions.shape[1])
+        # Logits, their softmax, and that with zeros for what is hidden; keys in float32.
+        self.numbers_per_token = 3 * view.group_size * self.positions.shape[1] + queries.shape[3]
+
+    def weights(self, block: BlockView) -> Tensor:
+        """The attention that they pay a block's tokens, ``[n, H / G, window, L]``; zeros for queries that there are not."""
+        positions = block.of_sequences(self.positions).unsqueeze(2)
+        # Padding, and queries all of whose keys were evicted, see nothing.
+        visible = (positions >= 0) & (block.positions.unsqueeze(1) <= positions)
+        return block.params.weights_of_rows(self.queries[block.block.selector], block.keys, visible)
+
+    def counts_of(self, block: BlockView) -> Tensor:
+        """The number of queries of each row's sequence, ``[n]``."""
+        return block.of_sequences(self.counts)
 
 
 def window_attention(view: LayerView, window_size: int) -> Tensor:
@@ -69,9 +86,12 @@ def window_attention(view: LayerView, window_size: int) -> Tensor:
     known = view.scratch.get((window_attention, window_size))
     if isinstance(known, _Remembered) and known.is_of(view):
         return known.attention
-    weights = window_weights(view, window_size)
-    num_queries = view.is_token.sum(1).clamp(min=1, max=weights.shape[3]).view(-1, 1, 1)
-    attention = weights.sum(3).mean(2) / num_queries
+    last = LastQueries(view, window_size)
+
+    def mean(block: BlockView) -> Tensor:
+        return last.weights(block).sum(2).mean(1) / last.counts_of(block).unsqueeze(1)
+
+    attention = view.by_block(mean, last.numbers_per_token)
     view.scratch[(window_attention, window_size)] = _Remembered(ref(view.kept), ref(view.queries), attention)
     return attention
 

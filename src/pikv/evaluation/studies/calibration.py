@@ -14,8 +14,9 @@ from pikv.evaluation.studies.presses import expert_alone, moe_press
 from pikv.evaluation.studies.references import fit_probes, look_ahead
 from pikv.presses.base import BasePress
 from pikv.presses.headwise import ProfileBudgetPress
-from pikv.presses.registry import get_press, list_presses
+from pikv.presses.registry import list_presses
 from pikv.presses.scorer import ScorerPress
+from pikv.presses.spec import get_press
 from pikv.routing.calibrate import calibrate
 from pikv.routing.calibration import Calibration
 from pikv.routing.factory import ROUTERS

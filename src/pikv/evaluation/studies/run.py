@@ -14,7 +14,7 @@ from pikv.evaluation.runner import Batch, Plan, run_plan
 from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
 from pikv.evaluation.summary import summary_frame
-from pikv.names.unknown import unknown
+from pikv.registry import unknown
 from pikv.routing.calibrate import calibrate
 from pikv.routing.factory import ROUTERS
 from pikv.routing.known import calibration_of, use_calibration

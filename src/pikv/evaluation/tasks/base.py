@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pikv.names.unknown import unknown
+from pikv.registry import Registry
 from pikv.tasks.contexts import TokenizedQuestion, TokenizedSample
 
 
@@ -48,21 +48,15 @@ class Task(ABC):
 
 
 TaskBuilder = Callable[[TaskSettings], Task]
-TASKS: dict[str, TaskBuilder] = {}
+TASKS: Registry[TaskBuilder] = Registry("task", files=lambda: {"retrieval": "pikv.evaluation.tasks.retrieval"})
 """What makes the tasks by name."""
 
 
 def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
-    """Registers what makes a task of ``TaskSettings``, as a decorator.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
+    """Registers what makes a task of ``TaskSettings``, as a decorator; a task of that name that there was is replaced."""
 
     def register(builder: TaskBuilder) -> TaskBuilder:
-        if name in TASKS:
-            raise ValueError(f"there is a task {name!r} already")
-        TASKS[name] = builder
+        TASKS.register(name, builder)
         return builder
 
     return register
@@ -74,6 +68,4 @@ def get_task(name: str, settings: TaskSettings) -> Task:
     Raises:
         ValueError: for an unknown name, with the nearest.
     """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
     return TASKS[name](settings)

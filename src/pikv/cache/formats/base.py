@@ -1,0 +1,162 @@
+"""The storage contract: a segment holds some tokens of equally long rows, in one format, in one place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from pikv.attention.params import AttentionParams
+from pikv.attention.partial import attend_part, merge_parts
+
+_CHUNK_TOKENS = 4096  # that are decoded at a time
+
+_Segment = TypeVar("_Segment", bound="type[Segment]")
+
+
+class Segment(ABC):
+    """The tokens ``[start, stop)`` of ``n`` equally long rows.
+
+    Nobody outside of ``pikv.cache`` looks at what a segment stores. Only a dense segment grows, and only the last one of its
+    rows; all others are sealed: they are never written to, so tensors may be shared.
+
+    Attributes:
+        format: the name of the format
+        num_rows: ``n``
+        length: tokens in each row
+    """
+
+    format: ClassVar[str]
+    num_rows: int
+    length: int
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stored, by name; rows are the first dimension of every tensor."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The data type of what ``dense`` returns."""
+
+    @abstractmethod
+    def dense(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys ``[n, stop - start, D]`` and values ``[n, stop - start, Dv]``, exact or decoded.
+
+        They may be views of the storage: not to be written to, and valid until it changes.
+        """
+
+    @abstractmethod
+    def gather(self, members: Sequence[int], indices: Tensor | None = None) -> Segment:
+        """A new segment of some members, any of them several times.
+
+        ``indices`` ``[m, length]`` (int64) numbers the tokens to take of each, ascending; None takes all.
+        """
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, keys: Tensor, values: Tensor) -> Segment:
+        """Stores keys ``[n, L, D]`` and values ``[n, L, Dv]`` in this format."""
+
+    @classmethod
+    @abstractmethod
+    def stack(cls, parts: Sequence[tuple[Segment, int]]) -> Segment:
+        """A new segment with one row for every pair of a segment of this format and a member; all have the same ``kind``."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Segment:
+        """The segment that ``state`` described, on ``device``.
+
+        Raises:
+            ValueError: if the two cannot belong to a segment of this format.
+        """
+
+    def state(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """For files: the tokens' tensors, and what JSON can hold of the rest."""
+        return self.tensors, {"format": self.format, "length": self.length}
+
+    @property
+    def location(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storage really takes; tensors that share a storage count once."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors.values()}
+        return sum(storages.values())
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Rows of segments of the same kind can be put into one."""
+        return self.format, self.length, self.location, self.dtype
+
+    def attend(
+        self, queries: Tensor, params: AttentionParams, num_own: int = 0, *, needs_logsumexp: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from queries ``[n, H / G, t, D]`` to these tokens alone; sinks are left to who merges the parts.
+
+        The last ``num_own`` tokens are the queries' own, ``t`` then: each sees those up to its own. With 0 all are seen.
+
+        Returns:
+            the output ``[n, H / G, t, Dv]``, and its log-sum-exp ``[n, H / G, t]`` (float32), which may be None where it is not
+            needed
+        """
+        parts = []
+        for start in range(0, self.length, _CHUNK_TOKENS):
+            stop = min(start + _CHUNK_TOKENS, self.length)
+            keys, values = self.dense(start, stop)
+            # A query that sees nothing of a chunk has a log-sum-exp of minus infinity there, and merging leaves it out.
+            own_start = self.length - num_own - start if num_own else None
+            parts.append(attend_part(queries, keys, values, params, own_start))
+        output, logsumexp = merge_parts(parts)
+        return output, logsumexp
+
+    def seal(self, format: str) -> Segment:
+        """These tokens in a format, by name."""
+        return self if format == self.format else format_named(format).encode(*self.dense())
+
+    def to(self, location: torch.device) -> Segment:
+        """These tokens in another place."""
+        if location == self.location:
+            return self
+        tensors, state = self.state()
+        return type(self).from_state(tensors, state, location)
+
+    def with_keys(self, keys: Tensor) -> Segment:
+        """The same tokens with other keys ``[n, length, D]``."""
+        return self.encode(keys, self.dense()[1])
+
+    def check_integrity(self, *, with_values: bool = True) -> None:
+        """Raises AssertionError unless the segment is whole, and ``with_values`` unless all of them are finite."""
+        keys, values = self.dense() if with_values else self.dense(0, 1)
+        length = self.length if with_values else min(1, self.length)
+        assert keys.shape[:2] == values.shape[:2] == (self.num_rows, length), f"{self.format}: rows or tokens are missing"
+        if with_values:
+            assert bool(keys.isfinite().all()), "uninitialised keys"
+            assert bool(values.isfinite().all()), "uninitialised values"
+
+
+_FORMATS: dict[str, type[Segment]] = {}
+
+
+def register_format(segment: _Segment) -> _Segment:
+    """Makes a class of segments known under its ``format``."""
+    if _FORMATS.setdefault(segment.format, segment) is not segment:
+        raise ValueError(f"there is a format {segment.format!r} already")
+    return segment
+
+
+def format_named(name: str) -> type[Segment]:
+    """The class of segments of a format.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _FORMATS:
+        raise ValueError(f"unknown format {name!r}; available: {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[name]

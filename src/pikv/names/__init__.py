@@ -1,1 +1,0 @@
-"""Things by name: what is said of a name that nothing has."""

@@ -1,0 +1,82 @@
+"""What the files of this folder register, read from their text: names are known before anything is imported."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+DECORATOR = "register_press"
+GROUPS = ("baseline", "position", "keys", "attention", "budget", "wrapper", "router", "own")
+"""In which order presses are listed: what they go by, presses around others, routers, and what users bring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PressInfo:
+    """What is said of a press by name.
+
+    Attributes:
+        name: what specifications call it
+        description: the first sentence of its documentation
+        group: one of ``GROUPS``
+        paper: its number on arXiv
+        wraps: for presses around another one, the name of the one that they wrap if nothing else is said
+        options: arguments that are fixed under this name
+        module: where its class is
+        class_name: the name of its class
+    """
+
+    name: str
+    description: str
+    group: str = "own"
+    paper: str | None = None
+    wraps: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    module: str
+    class_name: str
+
+
+@cache
+def catalog() -> Mapping[str, PressInfo]:
+    """The presses of this folder by name, in the order of their groups."""
+    found = [info for module, parsed in _sources() for info in _registered(module, parsed)]
+    return {info.name: info for info in sorted(found, key=lambda info: (GROUPS.index(info.group), info.name))}
+
+
+@cache
+def public_classes() -> Mapping[str, str]:
+    """The classes of this folder whose names end with ``Press``, and the modules that they are in."""
+    return {
+        node.name: module
+        for module, parsed in _sources()
+        for node in parsed.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Press") and not node.name.startswith("_")
+    }
+
+
+def first_sentence(documentation: str | None) -> str:
+    """The first line of a documentation, as plain text."""
+    return (documentation or "").strip().split("\n")[0].replace("``", "")
+
+
+@cache
+def _sources() -> list[tuple[str, ast.Module]]:
+    folder = sorted(files("pikv.presses").iterdir(), key=lambda path: path.name)
+    return [
+        (f"pikv.presses.{path.name.removesuffix('.py')}", ast.parse(path.read_text(encoding="utf-8")))
+        for path in folder
+        if path.name.endswith(".py") and path.name != "__init__.py"
+    ]
+
+
+def _registered(module: str, parsed: ast.Module) -> Iterator[PressInfo]:
+    """What the decorators of a file register."""
+    for node in parsed.body:
+        for call in getattr(node, "decorator_list", []):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == DECORATOR):
+                continue
+            assert isinstance(node, ast.ClassDef)
+            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+            given.setdefault("description", first_sentence(ast.get_docstring(node)))
+            yield PressInfo(name=ast.literal_eval(call.args[0]), module=module, class_name=node.name, **given)

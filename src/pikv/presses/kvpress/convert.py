@@ -1,0 +1,160 @@
+"""Presses of the kvpress library on PiKV's ragged cache (https://github.com/NVIDIA/kvpress)."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from pikv.budget.amount import Amount
+from pikv.budget.base import Budget
+from pikv.presses.adakv import AdaKVPress
+from pikv.presses.base import BasePress
+from pikv.presses.chunk import ChunkPress
+from pikv.presses.chunkkv import ChunkKVPress
+from pikv.presses.composed import ComposedPress
+from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
+from pikv.presses.keyrotation import KeyRerotationPress
+from pikv.presses.kvpress.scorer import KvpressScorer
+from pikv.presses.none import NoCompressionPress
+from pikv.presses.perlayer import PerLayerPress
+from pikv.presses.pyramidkv import PyramidBudget
+from pikv.presses.scorer import ScorerPress
+from pikv.registry import unknown
+
+_MISSING = 'kvpress is not installed; pip install "pikv[kvpress]" (it needs transformers < 5.3)'
+
+
+def from_kvpress(press: Any) -> BasePress:
+    """Makes a press of kvpress work on the ragged cache, where what it evicts is gone from memory.
+
+    Any ``ScorerPress`` becomes a PiKV ``ScorerPress`` with its scores and its ratio, to be wrapped further as you like;
+    wrappers become their PiKV counterparts. Counts of tokens are rounded, where kvpress rounds down; ``ChunkKVPress``
+    keeps a part of its last chunk, where kvpress leaves that out. ``KeyRerotationPress`` moves keys to right before what comes
+    next, where kvpress moves them to the beginning.
+
+    Raises:
+        ValueError: for what is no press of kvpress, and for presses that do more than to choose tokens by score; when applied,
+            for scores that the press cannot give at that moment.
+    """
+    kvpress = sys.modules.get("kvpress")
+    if kvpress is None or not isinstance(press, kvpress.BasePress):
+        hint = f" ({_MISSING})" if kvpress is None and find_spec("kvpress") is None else ""
+        raise ValueError(f"from_kvpress takes a press of kvpress, not {press!r}{hint}")
+    kind = type(press)
+    if kind.__module__.startswith("kvpress.") and kind.__name__ in _COUNTERPARTS:
+        return _COUNTERPARTS[kind.__name__](press)
+    reason = _REFUSED.get(kind.__name__) or _own_way(press, kvpress)
+    if reason:
+        raise ValueError(f"kvpress's {kind.__name__} cannot be used here: {reason}")
+    return KvpressPress(press)
+
+
+def build_kvpress(name: str, **options: Any) -> BasePress:
+    """Builds a scorer press of kvpress by the name of its class; half of the tokens go unless the options say otherwise.
+
+    Raises:
+        ValueError: if kvpress is not installed, has no such press (with the nearest), or does not take the options.
+    """
+    try:
+        kvpress = import_module("kvpress")
+    except ImportError as error:
+        raise ValueError(f"kvpress.{name}: {_MISSING}") from error
+    names = [each for each in kvpress.__all__ if _is_scorer(getattr(kvpress, each), kvpress)]
+    if name not in names:
+        raise unknown("scorer press of kvpress", name, sorted(names))
+    try:
+        return from_kvpress(getattr(kvpress, name)(**{"compression_ratio": 0.5, **options}))
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"kvpress.{name}: {error}") from None
+
+
+class KvpressPress(ScorerPress):
+    """Keeps the tokens that a kvpress ``ScorerPress`` ranks highest; see ``from_kvpress``."""
+
+    def __init__(self, press: Any, sharing: Budget | None = None) -> None:
+        super().__init__(KvpressScorer(press), press.compression_ratio, sharing=sharing)
+        self.press = press
+
+    def __repr__(self) -> str:
+        return f"from_kvpress({self.press!r})"
+
+
+def _is_scorer(found: Any, kvpress: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, kvpress.ScorerPress) and found is not kvpress.ScorerPress
+
+
+def _own_way(press: Any, kvpress: Any) -> str | None:
+    """Why a press is more than a scorer; None if it is one."""
+    if not isinstance(press, kvpress.ScorerPress):
+        return "it does not choose tokens by score"
+    for method in ("compress", "forward_hook", "__call__"):
+        if getattr(type(press), method) is not getattr(kvpress.ScorerPress, method):
+            return f"it overrides {method}, so that its scores alone do not say what it keeps"
+    return None
+
+
+def _per_layer(press: Any) -> BasePress:
+    inner = from_kvpress(press.press)
+    if type(press.press).__name__ == "PyramidKVPress":
+        raise ValueError(
+            "kvpress's PerLayerCompressionPress around PyramidKVPress cannot be used here: both share out by layer"
+        )
+    return PerLayerPress(inner, press.compression_ratios)
+
+
+def _decoding(press: Any) -> DecodingPress:
+    # A buffer of 0 is kvpress's word for the newest token alone.
+    buffer_size = max(1, press.hidden_states_buffer_size)
+    return DecodingPress(from_kvpress(press.base_press), press.target_size, press.compression_interval, buffer_size)
+
+
+def _prefill_decoding(press: Any) -> BasePress:
+    prefilling = NoCompressionPress() if press.prefilling_press is None else from_kvpress(press.prefilling_press)
+    if press.decoding_press is None:
+        return prefilling
+    decoding = from_kvpress(press.decoding_press)
+    if not isinstance(decoding, DecodingPress):
+        raise ValueError(f"decoding_press must be a DecodingPress, not {press.decoding_press!r}")
+    return PrefillDecodingPress(prefilling, decoding)
+
+
+def _pyramid(press: Any) -> BasePress:
+    return KvpressPress(press, PyramidBudget(Amount(), press.window_size, press.beta))
+
+
+# By the name of the class; subclasses may do anything and have no entry. Those around a KvpressPress ask what they wrap for its
+# scores only, in kvpress too.
+_COUNTERPARTS: dict[str, Callable[[Any], BasePress]] = {
+    "AdaKVPress": lambda press: AdaKVPress(KvpressPress(press.press), press.alpha_safeguard),
+    "ChunkKVPress": lambda press: ChunkKVPress(KvpressPress(press.press), press.chunk_length),
+    "ChunkPress": lambda press: ChunkPress(KvpressPress(press.press), press.chunk_length),
+    "KeyRerotationPress": lambda press: KeyRerotationPress(KvpressPress(press.press)),
+    "ComposedPress": lambda press: ComposedPress([from_kvpress(each) for each in press.presses]),
+    "PerLayerCompressionPress": _per_layer,
+    "PyramidKVPress": _pyramid,
+    "DecodingPress": _decoding,
+    "PrefillDecodingPress": _prefill_decoding,
+}
+
+_REREADS = "it has the model read the context again under hooks of its own; use pikv.presses.KVzipPress"
+_MERGES = "it changes the keys or values of the tokens that stay"
+_REFUSED = {
+    "BlockPress": "it scores block after block, each with what was left of those before",
+    "CAMPress": _MERGES,
+    "CompressionRatioDecodingPress": "its target grows while decoding; use DecodingPress with a target_size",
+    "CriticalAdaKVPress": "it rescales scores by each head's share; use AdaKVPress(from_kvpress(CriticalKVPress(...)))",
+    "DMSPress": "it evicts by a threshold, not by a number of tokens",
+    "DuoAttentionPress": "it needs no scores; use pikv.presses.DuoAttentionPress",
+    "EntropyGatedChunkKVPress": "its chunks change in length with the scores; use ChunkKVPress",
+    "FastKVzipPress": "it waits for all layers under hooks of its own; use pikv.presses.KVzipPress",
+    "FinchPress": "it looks for a delimiter token in the model's input",
+    "KVComposePress": _REREADS,
+    "KVgradPress": _REREADS,
+    "KVzipPress": _REREADS,
+    "LUKVPress": "it shares out among heads by quotas of its own",
+    "MergingPress": _MERGES,
+    "RestoreKVPress": _REREADS,
+    "SimLayerKVPress": "it decides layer by layer whether to evict, without scores",
+    "ThinKPress": "it removes channels of keys, not tokens",
+}

@@ -1,0 +1,9 @@
+"""No compression: the baseline of every comparison."""
+
+from pikv.presses.base import BasePress
+from pikv.presses.registry import register_press
+
+
+@register_press("none", group="baseline")
+class NoCompressionPress(BasePress):
+    """Keeps everything: the full cache on PiKV's storage, the baseline of every comparison."""

@@ -1,0 +1,55 @@
+"""Presses in files of users: ``my_press.py:MyPress``."""
+
+import hashlib
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from pikv.presses.base import BasePress
+from pikv.presses.registry import PressEntry, entry_of
+from pikv.registry import shortened, unknown
+from pikv.scoring.base import Scorer
+
+FILE_SEPARATOR = ".py:"
+
+
+def entry_in_file(name: str) -> PressEntry:
+    """The press of ``path/to/file.py:ClassName``; the file is run once, and again when it was changed.
+
+    Raises:
+        ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is no press.
+    """
+    path, _, class_name = name.rpartition(":")
+    module = _load(Path(path).expanduser())
+    known = [key for key, found in vars(module).items() if _is_own(found, module)]
+    if class_name not in vars(module):
+        raise unknown(f"press of {path}", class_name, known)
+    return entry_of(name, vars(module)[class_name])
+
+
+def _is_own(found: object, module: ModuleType) -> bool:
+    return isinstance(found, type) and issubclass(found, BasePress | Scorer) and found.__module__ == module.__name__
+
+
+def _load(path: Path) -> ModuleType:
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the press file {shortened(str(path))}: {error.strerror or error}") from None
+    # By what the file holds, so that an edited one is a new module; in sys.modules, so that what it defines can be pickled.
+    name = f"pikv_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"cannot read the press file {shortened(str(path))}: it is no Python file")
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[name]
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"the press file {shortened(str(path))} cannot be run: {type(error).__name__}: {reason}") from error
+    return module
