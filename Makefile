@@ -5,13 +5,19 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 KVPRESS := .venv-kvpress
 
-.PHONY: compare test test-kvpress models lint types bench docs clean
+.PHONY: compare test test-kvpress fuzz models lint types bench gpu docs clean
 
 compare: $(STAMP)
 	$(BIN)/pikv compare
 
 test: lint types
 	$(BIN)/python -m pytest -n logical
+
+# Random conversations for MINUTES minutes; `make test` has a short run of them.
+MINUTES := 20
+SEED := 0
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/conversations.py --minutes $(MINUTES) --seed $(SEED)
 
 # The README's table of models, from the matrix of tests.
 models: $(STAMP)
@@ -30,6 +36,16 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py
+
+# On a GPU: exactness, generation and speed within nine minutes, as out/gpu-<time>/page.md; skipped where there is none.
+# `make gpu VENV=0 PYTHON=python3` takes a Python that has torch and transformers already, and installs nothing.
+ifeq ($(VENV),0)
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+else
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+endif
 
 docs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"

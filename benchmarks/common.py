@@ -1,8 +1,9 @@
-"""What the benchmarks share: the model's shape, the machine's bandwidth, timing, the closing JSON line."""
+"""What the benchmarks share: the model's shape, filled caches, the machine's bandwidth, timing, the closing JSON line."""
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pikv import PiKVCache
 from pikv.evaluation.environment import environment
 
 
@@ -28,6 +30,24 @@ def build_model(max_positions: int) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def filled(config: Any, keys: torch.Tensor, counts: Sequence[int]) -> PiKVCache:
+    """A PiKVCache of these keys ``[B, G, T, D]``, and the same values, whose rows keep evenly spread tokens.
+
+    ``counts`` says how many, by KV head. No model is asked: decoding can start at once.
+    """
+    batch, _, length, _ = keys.shape
+    cache = PiKVCache(config)
+    for index, layer in enumerate(cache.layers):
+        layer.get_mask_sizes(length)
+        layer.forward_pass.begin(None)
+        layer.update(keys, keys)
+        layer.is_handed_over = False  # no attention follows
+        if min(counts) < length:
+            spread = [torch.linspace(0, length - 1, count, dtype=torch.double).round().long() for count in counts]
+            cache.rows(index).keep(spread * batch)
+    return cache
 
 
 def measure_bandwidth(num_bytes: int = 1 << 29) -> dict[str, float]:
@@ -55,13 +75,13 @@ def median(values: Sequence[float]) -> float:
     return float(torch.tensor(sorted(values), dtype=torch.double).quantile(0.5))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=120).print(table)
+    Console(width=width).print(table)
 
 
 def print_json(name: str, content: dict[str, object]) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
-from common import build_model, measure_bandwidth, median, print_json, print_table, timed
+from common import build_model, filled, measure_bandwidth, median, print_json, print_table, timed
 from pikv import PiKVCache
-from pikv.hf.layers import PiKVLayer
 from prefill import measure_prefill, print_prefill
 
 SINKS_AND_RECENT = 20
@@ -32,22 +31,6 @@ def static(config: Any, keys: torch.Tensor, room: int) -> Any:
     cache = StaticCache(config=config, max_cache_len=keys.shape[2] + room)
     for layer in range(config.num_hidden_layers):
         cache.update(keys, keys, layer, {"cache_position": torch.arange(keys.shape[2])})
-    return cache
-
-
-def filled(config: Any, keys: torch.Tensor, counts: list[int]) -> PiKVCache:
-    """A PiKVCache of these keys, and the same values, whose rows keep by KV head ``counts`` evenly spread tokens."""
-    batch, _, length, _ = keys.shape
-    cache = PiKVCache(config)
-    for index, layer in enumerate(cache.layers):
-        assert isinstance(layer, PiKVLayer)
-        layer.get_mask_sizes(length)
-        layer.step.begin(None)
-        layer.update(keys, keys)
-        layer.is_handed_over = False  # no attention follows
-        if min(counts) < length:
-            spread = [torch.linspace(0, length - 1, count, dtype=torch.double).round().long() for count in counts]
-            cache.rows(index).keep(spread * batch)
     return cache
 
 

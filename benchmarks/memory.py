@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from common import build_model, print_json, print_table
+from common import build_model, filled, print_json, print_table
 
 METHODS = {
     "full": [1.0, 1.0, 1.0, 1.0],
@@ -26,7 +26,6 @@ STREAMING_TOKENS = 20
 
 def hold(name: str, length: int, batch: int) -> None:
     """Runs in a process of its own; prints what it holds as one line of JSON."""
-    from decode import filled
     from pikv.evaluation.memory import release, resident
 
     model = build_model(length + 64)

@@ -55,7 +55,7 @@ def oracle_logits(model, ids, mask, evictions):
     ``kept[layer][b][g]`` (true positions) are invisible; layers that are not in ``kept`` have lost nothing.
     """
     length = ids.shape[1]
-    columns = [row.nonzero().flatten() for row in mask]  # of the real tokens, by true position
+    columns = [row.nonzero().flatten() for row in mask.cpu()]  # of the real tokens, by true position
     _banned.clear()
     for column, kept in evictions:
         for layer, rows in kept.items():
@@ -66,6 +66,8 @@ def oracle_logits(model, ids, mask, evictions):
                     gone = torch.arange(length) < column
                     gone[columns[b][positions]] = False
                     banned[b, g, column:] |= gone
+    for layer, banned in _banned.items():
+        _banned[layer] = banned.to(ids.device)
     with _oracle_attention(model):
         return model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
 

@@ -84,8 +84,8 @@ REFUSED = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **settings):
-    """Builds a supported model in evaluation mode, with some settings of its own; the same weights every time.
+def build(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **settings):
+    """Builds a supported model in evaluation mode, with some settings of its own; the same weights on every device.
 
     Large weights keep its attention from being flat, uneven ones in the norms keep normalised keys from being equally long.
     """
@@ -95,13 +95,13 @@ def build(family: str, dtype: torch.dtype = torch.float32, **settings):
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
                 parameter += 0.3 * torch.rand_like(parameter)
-    return model.to(dtype)
+    return model.to(device, dtype)
 
 
-def batch_of(lengths: list[int], seed: int = 0, vocabulary: int = VOCABULARY):
+def batch_of(lengths: list[int], seed: int = 0, vocabulary: int = VOCABULARY, device: str = "cpu"):
     """Random token ids, left-padded to the longest, and their attention mask."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(4, vocabulary, (len(lengths), longest), generator=generator)
     mask = torch.arange(longest) >= torch.tensor([longest - length for length in lengths]).unsqueeze(1)
-    return ids.masked_fill(~mask, 0), mask.long()
+    return ids.masked_fill(~mask, 0).to(device), mask.long().to(device)

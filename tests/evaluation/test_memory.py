@@ -1,7 +1,8 @@
 """Peak memory is what the process really held."""
 
 import torch
-from pikv.experiments.memory import measure_peak, release, resident
+
+from pikv.evaluation.memory import measure_peak, release, resident
 
 MEBI = 1 << 20
 

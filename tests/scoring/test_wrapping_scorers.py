@@ -223,7 +223,7 @@ def test_by_chunk_keeps_the_inner_scorers_notes_by_chunk():
     scorer.score(view)
     scorer.score(view)
     (note,) = view.state.values()
-    assert note.seen == 73
+    assert note.seen == [40, 33]
     assert {start: state["marks"] for start, state in note.by_chunk.items()} == {s: [s // 10] * 2 for s in (0, 10, 20, 30)}
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pikv.attention.params import AttentionParams
 from pikv.cache.rows import RaggedRows
+from pikv.cache.tokens import TokenMask
 from pikv.core import AttentionCall, LayerView
 
 BATCH, HEADS, KV_HEADS, DIM, HIDDEN, SCALING = 2, 4, 2, 8, 12, 0.4
@@ -27,7 +28,7 @@ def ragged_view(lengths=(30, 20, 30, 7), seen=(40, 33), num_new=16, real_counts=
         keys, values = random(*shape), random(*shape)
         if edit:
             edit(keys, values)
-        rows.append(keys, values, is_token)
+        rows.append(keys, values, TokenMask.of(is_token))
         return is_token
 
     rows = RaggedRows(BATCH, KV_HEADS, torch.empty(0, DIM), torch.empty(0, DIM))
