@@ -23,12 +23,12 @@ from pikv import PiKVCache
 from pikv.presses import BasePress, MoERouterPress, NoCompressionPress
 from pikv.routing import MoERouter, calibrate, use_calibration
 from pikv.routing.factory import ROUTERS
-from pikv.routing.votes import RoutedVotesScorer
+from pikv.routing.scorer import RoutedScorer
 
 PARTS = {
     "routing": (MoERouter, "route"),
-    "scoring": (RoutedVotesScorer, "score"),
-    "hit rates": (pikv.presses.moe, "after_decision"),
+    "scoring": (RoutedScorer, "score"),
+    "hit rates": (pikv.presses.moe, "record_decision"),
 }
 """What is timed: the routers, votes and routers together, and the measurement of hit rates."""
 

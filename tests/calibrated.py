@@ -2,25 +2,25 @@
 
 import torch
 
+from pikv.calibration.files import Calibration
 from pikv.calibration.heads import head_shape
 from pikv.hf.identity import fingerprint, model_signature
 from pikv.presses import MoERouterPress, ProfileBudgetPress
 from pikv.routing import create_moe_router
-from pikv.routing.calibration import Calibration
+from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
-from pikv.routing.panel import VotePanel
-from pikv.scoring.experts import default_experts
+from pikv.routing.mixer import ExpertMixer
 
 
 def random_calibration(model, kinds=ROUTERS, experts=None, seed=0):
-    """Random gates, hit rates, trust and level, and profiles that fall, steeply in some heads and not in others."""
+    """Random gates, hit rates, weights and biases, and profiles that fall, steeply in some heads and not in others."""
     generator = torch.Generator().manual_seed(seed)
     experts = default_experts() if experts is None else experts
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
     layers, heads = head_shape(model.config)
 
-    def panel(kind):
-        made = VotePanel(create_moe_router(kind, hidden_size, len(experts)), heads)
+    def mixer(kind):
+        made = ExpertMixer(create_moe_router(kind, hidden_size, len(experts)), heads)
         for tensor in made.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.5)
         if kind == "pikv":
@@ -32,7 +32,7 @@ def random_calibration(model, kinds=ROUTERS, experts=None, seed=0):
         facts=model_signature(model.config),
         fingerprint=fingerprint(model),
         experts=tuple(experts),
-        panels={kind: [panel(kind) for _ in range(layers)] for kind in kinds},
+        mixers={kind: [mixer(kind) for _ in range(layers)] for kind in kinds},
         profiles=torch.exp(-steepness * torch.linspace(0, 1, 128)),
         head_scores=torch.rand(layers, heads, generator=generator),
         options={"pikv": {"cache_weight": 2.0}} if "pikv" in kinds else {},

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pikv.calibration.heads import find_retrieval_heads, judge_heads, load_head_scores, save_head_scores
+from pikv.calibration.heads import find_retrieval_heads, judge_heads, load_head_scores
 from tiny import build
 
 
@@ -21,7 +22,7 @@ def test_on_the_demo_model_few_heads_retrieve(demo):
 
 def test_files(llama, tmp_path):
     scores = find_retrieval_heads(llama)
-    save_head_scores(tmp_path / "heads.safetensors", scores, llama.config)
+    save_file({"head_scores": scores}, tmp_path / "heads.safetensors", {"model_type": "llama"})
     assert torch.equal(load_head_scores(tmp_path / "heads.safetensors", llama.config), scores)
     (tmp_path / "full_attention_heads.tsv").write_text("\n".join("\t".join(map(str, row)) for row in scores.tolist()))
     torch.testing.assert_close(load_head_scores(tmp_path / "full_attention_heads.tsv", llama.config), scores)
@@ -34,10 +35,10 @@ def test_files_that_do_not_fit(llama, tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot read head scores"):
         load_head_scores(path, llama.config)
-    save_head_scores(path, torch.rand(2, 4), llama.config)
+    save_file({"head_scores": torch.rand(2, 4)}, path, {"model_type": "llama"})
     with pytest.raises(ValueError, match=r"needs \(3, 4\)"):
         load_head_scores(path, llama.config)
-    save_head_scores(path, torch.rand(3, 4), build("qwen3").config)
+    save_file({"head_scores": torch.rand(3, 4)}, path, {"model_type": "qwen3"})
     with pytest.raises(ValueError, match="for qwen3; this llama"):
         load_head_scores(path, llama.config)
 

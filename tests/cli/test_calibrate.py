@@ -1,5 +1,6 @@
 """``pikv calibrate`` as users run it."""
 
+import resource
 import sys
 import warnings
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from test_cli import pikv
 
+from pikv.calibration.files import FILE_NAME
+from pikv.calibration.samples import default_num_tokens
+from pikv.calibration.training import Trainer
 from pikv.cli.main import main
 from pikv.routing import Calibration, calibration_of
-from pikv.routing.calibration import FILE_NAME
-from pikv.routing.training import Trainer
 from tiny import build
 
 QUICK = ["--context-length", "64", "--steps", "2", "--routers", "eplb,pikv"]
@@ -48,7 +50,7 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     loaded = type(model).from_pretrained(folder)
     calibration = calibration_of(loaded)
     assert calibration.experts == ("aggressive", "moderate")
-    assert list(calibration.panels) == ["eplb", "pikv"]
+    assert list(calibration.mixers) == ["eplb", "pikv"]
     assert {name: calibration.settings[name] for name in ("num_steps", "top_k")} == {"num_steps": 2, "top_k": 1}
     written = (folder / FILE_NAME).read_bytes()
     again = pikv(*arguments, cwd=tmp_path)
@@ -63,8 +65,8 @@ def test_texts_are_learned_from(command, tmp_path, demo, capsys):
     texts = [argument for number in range(5) for argument in ("--texts", f"{number}.txt")]
     assert command(*texts, "--context-length", 128, "--steps", 1, "--routers", "base", "--out", "a/b") == 0
     calibration = Calibration.load(tmp_path / "a" / "b" / FILE_NAME, demo[0])
-    assert calibration.settings["lessons"] == "5 texts or tasks"
-    assert list(calibration.panels) == ["base"]
+    assert calibration.settings["samples"] == "5 texts or tasks"
+    assert list(calibration.mixers) == ["base"]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [FILE_NAME]
 
 
@@ -75,7 +77,7 @@ def test_texts_are_learned_from(command, tmp_path, demo, capsys):
         (["--texts", "missing.txt"], "cannot read the text missing.txt"),
         (["--texts", "."], "cannot read the text ."),
         (["--texts", "binary"], "cannot read the text binary"),
-        (["--texts", "short.txt"], "too little to learn from: 1 texts or tasks make 0 lessons"),
+        (["--texts", "short.txt"], "too little to learn from: 1 texts or tasks make 0 samples"),
         (["--context-length", "10"], "contexts of 10 tokens are too short to learn from"),
         (["--context-length", "40000"], "exceed the model's 32768 positions"),
         (["--steps", "0"], "at least 1 step, not 0"),
@@ -107,7 +109,7 @@ def test_what_is_there_is_never_overwritten(command, tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pikv.routing.training._CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("pikv.calibration.training._CHECKPOINT_EVERY", 1)
     original, taken = Trainer.take_step, []
 
     def failing(self):
@@ -130,9 +132,72 @@ def test_an_interrupted_run_goes_on(command, tmp_path, monkeypatch, capsys):
     settings[-1] = "at once"
     assert command(*settings, "--steps", 4) == 0
     at_once = Calibration.load(tmp_path / "at once" / FILE_NAME)
-    for one, two in zip(resumed.panels["base"], at_once.panels["base"], strict=True):
+    for one, two in zip(resumed.mixers["base"], at_once.mixers["base"], strict=True):
         assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert torch.equal(resumed.profiles, at_once.profiles)
+
+
+def test_lengths_follow_the_positions_of_the_model(command, tmp_path):
+    """A GPT-2 of 1,024 positions is calibrated without options; OPT's 2,048 leave room for the usual length."""
+    build("gpt2", n_positions=1024, vocab_size=97, n_layer=1).save_pretrained(tmp_path / "model")
+    assert command("--model", "model", "--steps", 1, "--routers", "base", "--out", "results") == 0
+    assert Calibration.load(tmp_path / "results" / FILE_NAME).settings["num_tokens"] == 512
+    for positions, expected in ((2048, 1024), (32768, 1024), (1024, 512), (200, 100)):
+        assert default_num_tokens(build("gpt2", n_positions=positions)) == expected
+
+
+def test_a_single_expert_needs_no_further_option(command, tmp_path):
+    quick = ["--context-length", 64, "--steps", 1]
+    assert command(*quick, "--num-experts", 1, "--out", "results") == 0
+    calibration = Calibration.load(tmp_path / "results" / FILE_NAME)
+    assert (calibration.settings["top_k"], calibration.experts) == (1, ("aggressive",))
+
+
+def test_what_was_trained_survives_where_it_cannot_be_saved(command, tmp_path, monkeypatch, capsys):
+    """Something else takes the place of the file while training is under way."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    original = Trainer.take_step
+
+    def disturbed(self):
+        (tmp_path / "results" / FILE_NAME).mkdir(exist_ok=True)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "take_step", disturbed)
+    assert command(*QUICK, "--out", "results") == 2
+    said = capsys.readouterr()
+    assert "50% removed" in said.out  # the results are shown all the same
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    (rescued,) = (tmp_path / "temporary").glob("*/*")
+    assert line.endswith(f"the calibration is saved as {rescued}")
+    assert list(Calibration.load(rescued).mixers) == ["eplb", "pikv"]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [FILE_NAME]
+
+
+def test_where_no_file_can_grow_training_goes_on_and_nothing_strays(command, tmp_path, monkeypatch, capsys):
+    """Under a limit for the size of files, writing fails as it does on a full disk."""
+    monkeypatch.setattr("pikv.calibration.training._CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    original, limits = Trainer.take_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        original(self)
+
+    monkeypatch.setattr(Trainer, "take_step", limited)
+    try:
+        status = command(*QUICK, "--out", "results")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    said = capsys.readouterr()
+    assert "50% removed" in said.out
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "nor can it be saved elsewhere" in errors[0]
+    assert said.err.count("training goes on without") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_help(command, capsys):

@@ -19,8 +19,8 @@ from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
 from pikv.evaluation.summary import measurements_frame, summary_frame
 from pikv.models.demo.tokenizer import build_tokenizer
 from pikv.models.random import build_random
+from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS
-from pikv.scoring.experts import EXPERTS
 from tiny import build
 
 SMALL = dict(num_tokens=40, repeats=2, passes=1)

@@ -24,9 +24,10 @@ from pikv.presses import (
     SnapKVPress,
 )
 from pikv.routing import Calibration
+from pikv.routing.experts import EXPERTS, RetentionExpert
+from pikv.routing.experts.ends import EndsExpert
 from pikv.routing.factory import ROUTERS
-from pikv.routing.panel import mixture_of
-from pikv.scoring.experts import EXPERTS, EndsExpert, FunctionExpert
+from pikv.routing.mixer import expert_weights
 from pikv.scoring.position import ends_first
 from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of
@@ -96,13 +97,13 @@ def test_a_trained_router_decides_which_expert_is_listened_to(llama):
     assert stats["layer_stats"][0]["router_stats"]["expert_usage_ratios"] == [0.5, 0.5]
     assert stats["total_aux_loss"] > 0
     hidden = llama.model.layers[0].input_layernorm(llama.model.embed_tokens(batch_of([60])[0]))
-    panel = calibration.build(llama, "eplb", 1)[0]
-    mixture = mixture_of(panel.router.route(hidden))[0]
+    mixer = calibration.build(llama, "eplb", 1)[0]
+    mixture = expert_weights(mixer.router.route(hidden))[0]
     assert mixture.count_nonzero(dim=1).tolist() == [1] * 60
     place = torch.arange(60) / 59
     votes = torch.stack([1 - place, place], dim=1)
     for head in range(4):
-        scores = (mixture * (panel.level[head] + panel.trust[head] * votes)).sum(1)
+        scores = (mixture * (mixer.bias[head] + mixer.weight[head] * votes)).sum(1)
         is_kept = torch.zeros(60, dtype=torch.bool)
         is_kept[cache.positions(0)[0][head]] = True
         assert is_kept.sum() == 30
@@ -112,7 +113,8 @@ def test_a_trained_router_decides_which_expert_is_listened_to(llama):
 @uncalibrated
 @pytest.mark.parametrize("num_experts", [1, 2, 8])
 def test_as_many_experts_as_wanted(llama, num_experts):
-    press = MoERouterPress(0.5, num_experts=num_experts, top_k=1)
+    press = MoERouterPress(0.5, num_experts=num_experts)
+    assert press.top_k == min(2, num_experts)
     assert list(press.experts) == list(EXPERTS)[:num_experts]
     run(llama, press)
     usage = press.get_stats()["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
@@ -127,7 +129,7 @@ def test_as_many_experts_as_wanted(llama, num_experts):
         (dict(num_experts=0), "num_experts must lie between 1 and 8"),
         (dict(num_experts=3, experts={"first": EndsExpert(1.0, 1.0)}), "num_experts is 3, but there are 1 retention experts"),
         (dict(top_k=5), "top_k must lie between 1 and num_experts=4"),
-        (dict(num_experts=1), "top_k must lie between 1 and num_experts=1"),
+        (dict(num_experts=1, top_k=2), "top_k must lie between 1 and num_experts=1, not 2"),
         (dict(capacity_factor=0.0), "capacity_factor must be above 0"),
         (dict(dropout=1.0), "dropout must lie in"),
         (dict(sink_size=-1), "at least 0"),
@@ -246,6 +248,40 @@ def test_statistics_go_on_when_strategies_are_changed(llama):
     assert press.get_stats()["layer_stats"][0]["expert_compression_stats"]["expert_usage"]["adaptive"] == 0.2
 
 
+def test_a_batch_counts_as_one_pass(llama):
+    """Losses are means over sequences: three equal ones count as one alone does."""
+
+    def stats_of(batch_size):
+        press = MoERouterPress(0.5, router_type="topk_balanced", calibration=random_calibration(llama))
+        ids = batch_of([40])[0].expand(batch_size, -1)
+        for _ in range(2):
+            with press(llama), torch.no_grad():
+                llama(ids, past_key_values=PiKVCache(llama.config))
+        return press.get_stats()
+
+    alone, together = stats_of(1), stats_of(3)
+    assert alone["forward_count"] == together["forward_count"] == 2
+    assert alone["total_aux_loss"] == pytest.approx(together["total_aux_loss"], rel=1e-5)
+    assert alone["avg_aux_loss"] == pytest.approx(alone["total_aux_loss"] / 6)  # three layers, two passes
+    assert together["avg_aux_loss"] == pytest.approx(alone["avg_aux_loss"], rel=1e-5)
+    for layer in range(3):
+        one, three = (stats["layer_stats"][layer]["router_stats"] for stats in (alone, together))
+        assert one["forward_count"] == three["forward_count"] == 2
+        assert three["num_tokens"] == 3 * one["num_tokens"] == 240
+        assert one["avg_aux_loss"] == pytest.approx(three["avg_aux_loss"], rel=1e-5)
+        assert one["loss_terms"] == pytest.approx(three["loss_terms"], rel=1e-5)
+
+
+def test_how_to_calibrate_is_said(llama):
+    experts = {"mine": EndsExpert(0.5, 0.5), "selective": EXPERTS["selective"]()}
+    for options, message in (
+        (dict(num_experts=8), r"evenly; press.calibrate\(model\) or `pikv calibrate --num-experts 8` trains it"),
+        (dict(experts=experts), r"evenly; press.calibrate\(model\) trains it"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            run(llama, MoERouterPress(0.5, **options))
+
+
 def test_calibrating_makes_it_calibrated(llama):
     press = MoERouterPress(0.5, router_type="eplb")
     with pytest.warns(UserWarning, match="not calibrated"):
@@ -273,7 +309,7 @@ def test_calibrating_goes_by_the_options_of_the_press(llama):
     press = MoERouterPress(0.5, experts=experts, **options)
     calibration = press.calibrate(llama, num_tokens=64, num_steps=1)
     assert calibration.experts == ("mine", "selective")
-    assert list(calibration.panels) == ["pikv"]
+    assert list(calibration.mixers) == ["pikv"]
     expected = dict(top_k=1, capacity_factor=2.0, dropout=0.0, aux_loss_weight=0.5, num_steps=1, num_tokens=64)
     assert {name: calibration.settings[name] for name in expected} == expected
     assert calibration.options == {"pikv": {"cache_aware": False}}
@@ -377,15 +413,15 @@ def test_strategies_of_ones_own(llama):
     assert {strategy for strategy, _, _ in press.asked} == set(press.expert_strategies.values())
     assert all(shape == (4, 1, 60, 16) and probs.tolist() == [0.25] * 4 for _, shape, probs in press.asked)
 
-    def every_third(view):
-        return (view.kept.positions % 3 == 0).float()
+    class Thirds(RetentionExpert):
+        def preference(self, view):
+            return (view.kept.positions % 3 == 0).float()
 
-    class Thirds(FunctionExpert):
-        def votes(self, view):
+        def rank_scores(self, view):
             return self.preference(view)
 
     known = {name: EXPERTS[name]() for name in ("ultra_aggressive", "semantic_aware", "temporal_aware")}
-    expected = MoERouterPress(0.5, experts={**known, "every_third": Thirds(every_third)})
+    expected = MoERouterPress(0.5, experts={**known, "every_third": Thirds()})
     assert kept(cache) == kept(run(llama, expected))
     evicted = [set(range(4, 44)) - set(row) for row in kept(cache)]
     assert sum(position % 3 == 0 for row in evicted for position in row) < sum(map(len, evicted)) / 3
@@ -421,22 +457,33 @@ def test_a_strategy_nobody_knows_keeps_what_the_subclass_keeps(llama):
         assert row.tolist() == list(range(20, 25)) or set(row.tolist()) < set(range(17, 25))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_under_autocast(llama, kind, dtype):
+    for top_k in (1, 2):
+        press = MoERouterPress(0.5, router_type=kind, top_k=top_k, calibration=random_calibration(llama))
+        with torch.autocast("cpu", dtype):
+            cache = run(llama, press, lengths=(60, 41))
+        cache.check_integrity()
+        assert press.get_stats()["compression_ratio"] == pytest.approx(1 - (30 + 20) / 101)
+
+
 # With other presses.
 
 
 def test_scores_are_what_it_keeps_by(llama):
-    """Votes, weighed by the panel, with the ends first: computed from the view alone."""
+    """Votes, weighed by the mixer, with the ends first: computed from the view alone."""
     press = MoERouterPress(0.7, router_type="hierarchical", calibration=random_calibration(llama), head_budgets=False)
     cache = run(llama, press)
-    panels, views = random_calibration(llama).build(llama, "hierarchical", 2), {}
+    mixers, views = random_calibration(llama).build(llama, "hierarchical", 2), {}
 
     def look(call):
         layer = call.layer_idx
         views[layer] = LayerView.of(replace(call, state={}), rank=layer, num_layers=3)
         view = views[layer]
-        mixture = mixture_of(panels[layer].router.route(view.hidden_states))
-        votes = torch.stack([expert.votes(view) for expert in press.experts.values()], dim=-1)
-        best = ends_first(view, panels[layer](mixture, votes), 4, 16).topk(18, dim=2).indices.sort(dim=2).values
+        mixture = expert_weights(mixers[layer].router.route(view.hidden_states))
+        votes = torch.stack([expert.rank_scores(view) for expert in press.experts.values()], dim=-1)
+        best = ends_first(view, mixers[layer](mixture, votes), 4, 16).topk(18, dim=2).indices.sort(dim=2).values
         assert best[0].tolist() == [row.tolist() for row in cache.positions(layer)[0]]
 
     with torch.no_grad(), observe(llama, after_attention=look):

@@ -5,7 +5,8 @@ from views import HEADS, KV_HEADS, attention_of, keys_of, ragged_view, rows_of
 
 from pikv.presses.h2o import ObservedAttentionScorer
 from pikv.presses.knorm import KeyNormScorer
-from pikv.scoring.experts import EndsExpert, default_experts
+from pikv.routing.experts import default_experts
+from pikv.routing.experts.ends import EndsExpert
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import WindowScorer
 
@@ -58,18 +59,18 @@ def test_window_attention_is_pooled_and_keeps_its_own_tokens():
 
 def test_an_expert_for_the_ends_keeps_them_in_proportion():
     view = ragged_view(lengths=(30, 30, 30, 30), seen=(40, 40), real_counts=(16, 16))
-    votes = EndsExpert(0.2, 0.1).votes(view)[0, 0]
-    assert votes.max() == 1
-    assert votes.min() == 0
-    best = votes.argsort(descending=True)
+    scores = EndsExpert(0.2, 0.1).rank_scores(view)[0, 0]
+    assert scores.max() == 1
+    assert scores.min() == 0
+    best = scores.argsort(descending=True)
     assert sorted(best[:9].tolist()) == [0, 1, 2, 3, 4, 5, 27, 28, 29]  # 20% of 30 and 10% of 30
     assert sorted(best[:3].tolist()) == [0, 1, 29]
 
 
-def test_votes_are_evenly_spaced_in_every_row():
+def test_rank_scores_are_evenly_spaced_in_every_row():
     view = ragged_view()
     for expert in default_experts().values():
-        votes = expert.votes(view)
+        scores = expert.rank_scores(view)
         for b, g, valid in rows_of(view):
             length = valid.stop
-            torch.testing.assert_close(votes[b, g, valid].sort().values, torch.linspace(0, 1, length))
+            torch.testing.assert_close(scores[b, g, valid].sort().values, torch.linspace(0, 1, length))

@@ -17,12 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
-from pikv.hf.files import write_whole
 from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
-from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
 
 _NUM_SAMPLES = 3
@@ -47,7 +46,7 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     known = _found.setdefault(model, {}) if tokenizer is None else {}
     if seed in known:
         return known[seed]
-    texts = tokenizer or tokenizer_of(model)
+    texts = usable_tokenizer(model, tokenizer)
     texts = texts if getattr(texts, "is_fast", False) else None  # others do not know which characters a token stands for
     rng = random.Random(seed)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST
@@ -60,8 +59,16 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadVerdict:
-    """Whether a model's heads fall into ones that retrieve and others: how many do, what separates them, and one sentence."""
+class HeadSeparation:
+    """Whether a model's heads fall into ones that retrieve and others.
+
+    Attributes:
+        separates: whether they do
+        num_retrieving: how many retrieve
+        threshold: of scores, above which a head retrieves
+        explained: the share of the scores' variance that lies between the two groups
+        message: one sentence about it
+    """
 
     separates: bool
     num_retrieving: int
@@ -70,7 +77,7 @@ class HeadVerdict:
     message: str
 
 
-def judge_heads(scores: Tensor) -> HeadVerdict:
+def judge_heads(scores: Tensor) -> HeadSeparation:
     """Splits heads into two groups by their scores ``[num_layers, G]``, and says whether that means anything.
 
     The threshold leaves the least variance within the groups (Otsu's method). Heads separate if the groups explain at least
@@ -78,7 +85,7 @@ def judge_heads(scores: Tensor) -> HeadVerdict:
     """
     ranked = scores.flatten().double().sort().values
     if len(ranked) < 2 or float(ranked[-1] - ranked[0]) < 1e-6:
-        return HeadVerdict(
+        return HeadSeparation(
             separates=False, num_retrieving=0, threshold=1.0, explained=0.0, message="all heads score alike: none stands out"
         )
     sizes = torch.arange(1, len(ranked), dtype=torch.float64)
@@ -94,7 +101,7 @@ def judge_heads(scores: Tensor) -> HeadVerdict:
     if not separates:
         found += "; that does not separate them, so DuoAttention would choose its streaming heads by little more than chance"
     threshold = float(ranked[cut] + ranked[cut + 1]) / 2
-    return HeadVerdict(
+    return HeadSeparation(
         separates=separates, num_retrieving=num_retrieving, threshold=threshold, explained=explained, message=found
     )
 
@@ -153,10 +160,14 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
     rank = {layer: index for index, layer in enumerate(ragged_layers(model.config))}
 
     def after_attention(call: AttentionCall) -> None:
-        visible = (slots <= queries.unsqueeze(1)).to(call.queries.device)
-        weights = call.params.weights(call.queries[:, :, queries], call.rows.kept().keys, visible[None, None])[0]
-        mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
-        scores[rank[call.layer_idx]] = mass.amax(1).cpu()
+        heads = call.rows.num_kv_heads
+        asked = call.queries[0].unflatten(0, (heads, -1))[:, :, queries]
+        visible = (slots <= queries.unsqueeze(1)).to(asked.device)
+        for block in call.rows.kept().blocks:
+            params = call.params.for_rows(block.row_ids, heads)
+            weights = params.weights_of_rows(asked[block.selector], block.load()[0], visible[None])
+            mass = (weights * target.to(weights.device)).sum(-1).mean(-1)
+            scores[rank[call.layer_idx], list(block.row_ids)] = mass.amax(1).float().cpu()
 
     with observe(model, after_attention=after_attention):
         inputs = torch.tensor([token_ids], device=model.device)
@@ -170,14 +181,10 @@ def head_shape(config: Any) -> tuple[int, int]:
     return len(ragged_layers(config)), getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def save_head_scores(path: str | Path, scores: Tensor, config: Any) -> None:
-    """Writes head scores ``[num_layers, G]`` with the kind of model they belong to."""
-    metadata = {"model_type": config.get_text_config(decoder=True).model_type}
-    write_whole(Path(path), {"head_scores": scores.contiguous()}, metadata)
-
-
 def load_head_scores(path: str | Path, config: Any) -> Tensor:
-    """Reads head scores from ``.safetensors`` (ours) or a table of numbers (DuoAttention's ``full_attention_heads.tsv``).
+    """Reads head scores from a calibration, or from a table of numbers (DuoAttention's ``full_attention_heads.tsv``).
+
+    Any ``.safetensors`` file with a tensor ``head_scores`` does.
 
     Raises:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.

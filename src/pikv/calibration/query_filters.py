@@ -10,12 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pikv.calibration.heads import head_shape
+from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
-from pikv.hf.files import write_whole
 from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
-from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.retrieval import make_retrieval
 
 _NUM_SAMPLES = 3
@@ -36,7 +35,7 @@ def find_query_filters(model: Any, tokenizer: Any = None, *, seed: int = 0) -> T
     """
     known = _found.setdefault(model, {}) if tokenizer is None else {}
     if seed not in known:
-        texts = tokenizer or tokenizer_of(model)
+        texts = usable_tokenizer(model, tokenizer)
         rng = random.Random(seed)
         known[seed] = _principal_directions(model, [_sample(rng, model, texts) for _ in range(_NUM_SAMPLES)])
     return known[seed]
@@ -74,14 +73,8 @@ def _principal_directions(model: Any, samples: list[list[int]]) -> Tensor:
     return torch.where(towards < 0, -directions, directions).float()
 
 
-def save_query_filters(path: str | Path, filters: Tensor, config: Any) -> None:
-    """Writes filters ``[num_layers, G, D]`` with the kind of model they belong to; whole, or not at all."""
-    metadata = {"model_type": config.get_text_config(decoder=True).model_type}
-    write_whole(Path(path), {"query_filters": filters.contiguous()}, metadata)
-
-
 def load_query_filters(path: str | Path, config: Any) -> Tensor:
-    """Reads filters from a ``.safetensors`` file of ours.
+    """Reads filters from a ``.safetensors`` file with a tensor ``query_filters``.
 
     Raises:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile, mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ from rich.table import Table
 from pikv.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from pikv.routing.calibration import Calibration
+    from pikv.calibration.files import Calibration
 
 
 def calibrate_command(
@@ -24,11 +25,16 @@ def calibrate_command(
     ] = None,
     routers: Annotated[str, typer.Option(help="Kinds of router, comma-separated. (default: all)")] = "",
     num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
-    capacity_factor: Annotated[float, typer.Option(help="Room of an expert, over its even share of the tokens.")] = 1.5,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
+    ] = None,
+    capacity_factor: Annotated[float, typer.Option(help="Slots of an expert, over its even share of the tokens.")] = 1.5,
     dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = 0.1,
     aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = 0.01,
-    context_length: Annotated[int, typer.Option(help="Tokens of the longest contexts to learn from.")] = 1024,
+    context_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest contexts. (default: 1024, or half of the model's positions if that is less)"),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Contexts to learn from, one a step.")] = 300,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -54,10 +60,11 @@ def calibrate_command(
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from pikv.calibration.calibrate import calibrate
+    from pikv.calibration.checkpoint import Checkpoint
+    from pikv.calibration.files import FILE_NAME
     from pikv.models.loading import load_model
-    from pikv.routing.calibrate import calibrate
-    from pikv.routing.calibration import FILE_NAME
-    from pikv.scoring.experts import default_experts
+    from pikv.routing.experts import default_experts
 
     path = out / FILE_NAME
     if path.exists():
@@ -65,7 +72,7 @@ def calibrate_command(
     kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
     experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
     loaded, tokenizer = load_model(model, device, dtype)
-    checkpoint = out / f".{FILE_NAME}.checkpoint"
+    checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
     with _folder(out), progress_bars(Console(stderr=True)) as progress:
         calibration = calibrate(
             loaded,
@@ -80,21 +87,23 @@ def calibrate_command(
             num_tokens=context_length,
             num_steps=steps,
             seed=seed,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint.path,
             progress=progress,
         )
-        calibration.save(path)
-        checkpoint.unlink(missing_ok=True)
-    _print(calibration)
+    _print(calibration)  # before it is saved, which may fail
+    _save(calibration, path)
+    checkpoint.remove()
     Console().print(f"\ncalibration: {path}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Makes a folder, which goes again if nothing comes of it."""
+    """Makes a folder, or makes sure that it can be written to; one that was made goes again if nothing comes of it."""
     made = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error}") from None
     try:
@@ -106,6 +115,29 @@ def _folder(path: Path) -> Iterator[None]:
         raise
 
 
+def _save(calibration: "Calibration", path: Path) -> None:
+    """Saves a calibration; where that is impossible by now, in the folder for temporary files, and says so.
+
+    Raises:
+        ValueError: if it is not at ``path``.
+    """
+    try:
+        if path.exists():
+            raise ValueError(f"{path} was made by something else in the meantime")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(path)
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    else:
+        return
+    try:
+        rescued = Path(mkdtemp(prefix="pikv-")) / path.name
+        calibration.save(rescued)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{reason}; nor can it be saved elsewhere: {error}") from None
+    raise ValueError(f"{reason}; the calibration is saved as {rescued}")
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -115,14 +147,14 @@ def _read(path: Path) -> str:
 
 def _print(calibration: "Calibration") -> None:
     """What training measured on contexts that it did not learn from."""
-    taken = calibration.report["taken_from_kept"]
+    found = calibration.report["kept_share"]
     title = "Of what later queries read, the share in tokens that are kept, by share removed"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
     table.add_column("router")
-    for ratio in next(iter(taken.values())):
+    for ratio in next(iter(found.values())):
         table.add_column(f"{ratio} removed", justify="right")
     names = {"best": "what is really read (bound)", "even": "uncalibrated, same head budgets"}
-    for name, shares in taken.items():
+    for name, shares in found.items():
         table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
     console = Console()
     console.print(table)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pikv.calibration.default_calibration import use_calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.config import EvaluationConfig
@@ -20,7 +21,6 @@ from pikv.evaluation.results import Result
 from pikv.evaluation.runner import Batch, Plan, run_plan
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
-from pikv.routing.known import use_calibration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from pikv.calibration.default_calibration import calibration_of
 from pikv.evaluation.methods import FULL, Method, parts_of
 from pikv.evaluation.results import Quality
 from pikv.evaluation.runner import Plan
 from pikv.presses.moe import MoERouterPress
-from pikv.routing.known import calibration_of
 
 _FEW_RIGHT = 0.5
 

@@ -7,14 +7,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pikv.budget.profiles import ProfileBudget
+from pikv.calibration.default_calibration import resolve
+from pikv.calibration.files import Calibration
 from pikv.checks import check_count
 from pikv.core import LayerView
 from pikv.presses.base import BasePress
 from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
-from pikv.routing.calibration import Calibration
-from pikv.routing.known import resolve
 from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 from pikv.scoring.wrapping import WrappingScorer

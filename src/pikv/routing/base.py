@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from inspect import Parameter, signature
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from pikv.routing.choice import favourites
+from pikv.routing.choice import balanced_topk
 from pikv.routing.result import Routing, count_by_bin, places_by_priority
 from pikv.routing.stats import RoutingStats
 
@@ -51,12 +52,18 @@ class MoERouter(nn.Module):
     Sequences never share slots: a batch gives each of them what it gets alone. A gate that nothing was learned for yet has
     ``calibrated`` False; its weights are zero, and ties are broken in turn, so it spreads tokens evenly. Loading weights
     other than zero sets ``calibrated``. Subclasses override the parts: ``read``, ``assign``, ``place``, ``capacity``,
-    ``losses``.
+    ``losses``. What a kind wants to know about cached tokens it says by ``token_info``, ``uses_hits`` and
+    ``update_hit_rates``.
 
     Raises:
         ValueError: for sizes below 1, ``top_k`` beyond ``num_experts``, ``capacity_factor`` not above 0, or ``dropout``
             outside of [0, 1).
     """
+
+    is_press: ClassVar[bool] = True
+    """Whether the name of this kind is the name of a press as well; set where it is registered."""
+    uses_hits: ClassVar[bool] = False
+    """Whether it uses how much of the experts' attention fell on kept tokens; it is measured for such kinds alone."""
 
     def __init__(
         self, hidden_size: int, num_experts: int = 4, top_k: int = 2, *, capacity_factor: float = 1.5, dropout: float = 0.1
@@ -75,7 +82,7 @@ class MoERouter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.gate = zero_linear(hidden_size, num_experts)
         self.calibrated = False
-        self.stats = RoutingStats(self)
+        self.stats = RoutingStats(num_experts)
         self.register_load_state_dict_post_hook(_note_calibration)
 
     def forward(
@@ -136,6 +143,32 @@ class MoERouter(nn.Module):
         self.stats.add(routing)
         return routing
 
+    @classmethod
+    def option_names(cls) -> frozenset[str]:
+        """The options that this kind takes beside sizes and ``top_k``, by its signature."""
+        names: set[str] = set()
+        for owner in cls.__mro__:
+            if "__init__" not in vars(owner):
+                continue
+            parameters = signature(vars(owner)["__init__"]).parameters.values()
+            names |= {
+                each.name for each in parameters if each.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+            }
+            if owner is MoERouter or not any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+                break
+        return frozenset(names - {"self", "hidden_size", "num_experts", "top_k"})
+
+    def token_info(self, positions: Tensor, hit_rates: Tensor | None) -> Info | None:
+        """The ``info`` that ``route`` is given for cached tokens of one sequence; None for none.
+
+        ``positions`` ``[T]`` are their true positions, ``hit_rates`` ``[E]`` what was measured in the sequence so far: NaN for
+        an expert whose tokens got no attention, None where nothing was measured.
+        """
+        return None
+
+    def update_hit_rates(self, hits: Tensor, totals: Tensor) -> None:
+        """Learns, in training, the attention ``[E]`` on kept tokens and on all tokens of each expert, if it ``uses_hits``."""
+
     def check_info(self, hidden_states: Tensor, info: Info | None) -> None:
         """Refuses what ``read`` could not use, before anything is done."""
         if info is not None:
@@ -151,7 +184,7 @@ class MoERouter(nn.Module):
         Returns:
             experts ``[B, T, K]``, and which of these choices are made, ``[B, T, K]``
         """
-        experts = favourites(logits, self.top_k)
+        experts = balanced_topk(logits, self.top_k)
         return experts, logits.gather(2, experts).isfinite()
 
     def capacity(self, num_tokens: int, load: Tensor) -> int:
@@ -176,7 +209,7 @@ class MoERouter(nn.Module):
 
     def get_routing_stats(self) -> dict[str, Any]:
         """What the router did since it was made, or since ``reset_stats``."""
-        return self.stats.summary()
+        return self.stats.summary(calibrated=self.calibrated)
 
     def reset_stats(self) -> None:
         """Starts counting anew."""

@@ -1,10 +1,10 @@
-"""Choosing the best of a few, evenly where there is nothing to choose."""
+"""Top-k with ties broken in turn, so that equal preferences spread evenly."""
 
 import torch
 from torch import Tensor
 
 
-def favourites(preferences: Tensor, k: int, turn: Tensor | None = None) -> Tensor:
+def balanced_topk(preferences: Tensor, k: int, turn: Tensor | None = None) -> Tensor:
     """The ``k`` largest of ``[B, T, E]`` for each token, largest first, ``[B, T, k]``.
 
     Of equals, token ``t`` takes those first that come at or after ``turn[t]`` (default ``t``, both modulo ``E``), so that

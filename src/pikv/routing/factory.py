@@ -1,42 +1,36 @@
 """Routers by name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from pikv.registry import unknown
-from pikv.routing.adaptive import AdaptiveRouter
+from pikv.registry import Registry
 from pikv.routing.base import MoERouter
-from pikv.routing.eplb import EPLBRouter
-from pikv.routing.fast import FastRouter
-from pikv.routing.flex import FlexRouter
-from pikv.routing.hierarchical import HierarchicalRouter
-from pikv.routing.mixture import MixtureRouter
-from pikv.routing.pikv import PiKVRouter
-from pikv.routing.time import TimeRouter
-from pikv.routing.topk_balanced import TopKBalancedRouter
 
-ROUTERS: dict[str, type[MoERouter]] = {
-    "base": MoERouter,
-    "topk_balanced": TopKBalancedRouter,
-    "adaptive": AdaptiveRouter,
-    "pikv": PiKVRouter,
-    "eplb": EPLBRouter,
-    "hierarchical": HierarchicalRouter,
-    "flex": FlexRouter,
-    "time": TimeRouter,
-    "fast": FastRouter,
-    "mixture": MixtureRouter,
-}
+_Router = TypeVar("_Router", bound=type[MoERouter])
+
+_LISTED_FIRST = ("topk_balanced", "adaptive", "pikv", "eplb", "hierarchical", "flex", "time", "fast", "mixture")
+
+ROUTERS: Registry[type[MoERouter]] = Registry(
+    "router", files=lambda: {"base": __name__, **{kind: f"pikv.routing.routers.{kind}" for kind in _LISTED_FIRST}}
+)
+"""The kinds of router, by name."""
 
 
-def router_class(kind: str) -> type[MoERouter]:
-    """The class of a router.
+def register_router(name: str, *, is_press: bool = True) -> Callable[[_Router], _Router]:
+    """Makes a class of routers known by a name; ``is_press`` says whether a press has this name as well.
 
-    Raises:
-        ValueError: for an unknown name.
+    A file in ``routing/routers/`` needs nothing else to add a kind of router.
     """
-    if kind not in ROUTERS:
-        raise unknown("router", kind, ROUTERS)
-    return ROUTERS[kind]
+
+    def register(kind: _Router) -> _Router:
+        kind.is_press = is_press
+        ROUTERS.register(name, kind)
+        return kind
+
+    return register
+
+
+register_router("base")(MoERouter)
 
 
 def create_moe_router(kind: str, hidden_size: int, num_experts: int = 4, top_k: int = 2, **options: Any) -> MoERouter:
@@ -46,4 +40,14 @@ def create_moe_router(kind: str, hidden_size: int, num_experts: int = 4, top_k: 
         TypeError: for an option that the kind does not have.
         ValueError: for an unknown name, and for options out of range.
     """
-    return router_class(kind)(hidden_size, num_experts, top_k, **options)
+    return ROUTERS[kind](hidden_size, num_experts, top_k, **options)
+
+
+def default_top_k(num_experts: int) -> int:
+    """The experts that a token goes to where nobody says how many."""
+    return min(2, num_experts)
+
+
+def press_kinds() -> list[str]:
+    """The kinds of router whose names are names of presses, too."""
+    return [name for name, router in ROUTERS.items() if router.is_press]

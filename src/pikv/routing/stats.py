@@ -1,24 +1,21 @@
 """What routers did, added up."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.routing.result import Routing
 
-if TYPE_CHECKING:
-    from pikv.routing.base import MoERouter
-
 
 class RoutingStats:
-    """How tokens were spread over the experts of a router, added up without keeping the tokens' own tensors.
+    """How tokens were spread over ``num_experts`` experts, added up without keeping the tokens' own tensors.
 
     The sums stay on the device of the tokens until ``summary`` asks for them.
     """
 
-    def __init__(self, router: "MoERouter") -> None:
-        self.router = router
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
         self.reset()
 
     def reset(self) -> None:
@@ -30,39 +27,44 @@ class RoutingStats:
         self._counts: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, routing: Routing) -> None:
-        """Adds a decision."""
+    def add(self, *routings: Routing) -> None:
+        """Adds one pass: the decision of a router, or several about parts of a batch.
+
+        Counts of the parts are added up; their losses count by their mean, as does the loss of one decision about a batch.
+        """
         self.forward_count += 1
-        self.num_tokens += routing.probs.shape[0] * routing.probs.shape[1]
-        dropped = (routing.made & ~routing.accepted).sum()
-        _accumulate(self._sums, {"load": routing.load.sum(0), "dropped": dropped, "loss": routing.loss})
-        _accumulate(self._terms, routing.terms)
-        _accumulate(self._counts, routing.counts)
+        for routing in routings:
+            self.num_tokens += routing.probs.shape[0] * routing.probs.shape[1]
+            dropped = (routing.made & ~routing.accepted).sum()
+            _accumulate(self._sums, {"load": routing.load.sum(0), "dropped": dropped, "loss": routing.loss / len(routings)})
+            _accumulate(self._terms, {name: term / len(routings) for name, term in routing.terms.items()})
+            _accumulate(self._counts, routing.counts)
 
     @property
     def total_loss(self) -> float:
-        """The auxiliary losses of all decisions, added up."""
+        """The auxiliary losses of all passes, added up."""
         return float(self._sums["loss"]) if self._sums else 0.0
 
-    def summary(self) -> dict[str, Any]:
-        """Loads, drops and losses, and whether anything was learned.
+    def summary(self, *, calibrated: bool) -> dict[str, Any]:
+        """Loads, drops and losses, and whether anything was learned, as the caller says.
 
-        Usage ratios are shares of the choices made, dropped ones included; before the first decision they are even. Parts of
-        the loss are means over decisions; what a kind of router counts beside that comes as totals, under its own names.
+        ``forward_count`` counts passes, however many sequences or decisions these have. Usage ratios are shares of the choices
+        made, dropped ones included; before the first decision they are even. ``total_aux_loss`` adds up the passes' losses,
+        ``avg_aux_loss`` and ``loss_terms`` are means over passes. What a kind of router counts beside that comes as totals,
+        under its own names.
         """
-        num_experts = self.router.num_experts
-        load = self._sums["load"].tolist() if self._sums else [0] * num_experts
+        load = self._sums["load"].tolist() if self._sums else [0] * self.num_experts
         dropped = int(self._sums["dropped"]) if self._sums else 0
         total = sum(load)
-        shares = [count / total for count in load] if total else [1 / num_experts] * num_experts
+        shares = [count / total for count in load] if total else [1 / self.num_experts] * self.num_experts
         passes = max(1, self.forward_count)
         return {
-            "calibrated": self.router.calibrated,
+            "calibrated": calibrated,
             "forward_count": self.forward_count,
             "num_tokens": self.num_tokens,
             "expert_load": load,
             "expert_usage_ratios": shares,
-            "max_over_mean_load": max(shares) * num_experts,
+            "max_over_mean_load": max(shares) * self.num_experts,
             "num_dropped": dropped,
             "drop_rate": dropped / total if total else 0.0,
             "total_aux_loss": self.total_loss,

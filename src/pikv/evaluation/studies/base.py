@@ -10,7 +10,7 @@ from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.methods import FULL_CACHE, Method
 from pikv.evaluation.studies.data import Data
 from pikv.presses.base import BasePress
-from pikv.scoring.experts import EXPERTS
+from pikv.routing.experts import EXPERTS
 
 
 @dataclass(frozen=True, kw_only=True)

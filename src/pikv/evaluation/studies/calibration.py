@@ -7,6 +7,9 @@ from typing import Literal
 
 import pandas as pd
 
+from pikv.calibration.calibrate import calibrate
+from pikv.calibration.default_calibration import calibration_of
+from pikv.calibration.files import Calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.studies.base import Builder, RouterSettings, Study
 from pikv.evaluation.studies.data import Data
@@ -17,12 +20,9 @@ from pikv.presses.headwise import ProfileBudgetPress
 from pikv.presses.registry import list_presses
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.spec import get_press
-from pikv.routing.calibrate import calibrate
-from pikv.routing.calibration import Calibration
+from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS
-from pikv.routing.known import calibration_of
 from pikv.scoring.base import Scorer
-from pikv.scoring.experts import EXPERTS
 
 RATIOS = (0.8, 0.9, 0.94)
 TRAINING_FREE = ("kvzip", "keydiff", "leverage", "snapkv", "h2o", "streaming")
@@ -82,11 +82,11 @@ def _reference_presses(data: Data, settings: RouterSettings, progress: ProgressB
 
 def _silenced(learned: Calibration) -> Calibration:
     """The same, but what experts vote for counts nothing, and only where a token was sent to."""
-    panels = {
-        kind: [{name: 0 * weights if name == "trust" else weights for name, weights in panel.items()} for panel in layers]
-        for kind, layers in learned.panels.items()
+    mixers = {
+        kind: [{name: 0 * weights if name == "weight" else weights for name, weights in mixer.items()} for mixer in layers]
+        for kind, layers in learned.mixers.items()
     }
-    return replace(learned, panels=panels)
+    return replace(learned, mixers=mixers)
 
 
 def _routed(

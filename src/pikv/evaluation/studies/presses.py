@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from pikv.calibration.files import Calibration
 from pikv.evaluation.studies.base import Builder, RouterSettings
 from pikv.presses.adakv import AdaKVPress
 from pikv.presses.base import BasePress
@@ -10,9 +11,9 @@ from pikv.presses.composed import ComposedPress
 from pikv.presses.duo import DuoAttentionPress
 from pikv.presses.moe import MoERouterPress
 from pikv.presses.snapkv import SnapKVPress
-from pikv.routing.calibration import Calibration
+from pikv.routing.experts import EXPERTS, RetentionExpert, default_experts
+from pikv.routing.experts.ends import EndsExpert
 from pikv.routing.factory import ROUTERS
-from pikv.scoring.experts import EXPERTS, EndsExpert, RetentionExpert, default_experts
 
 
 def moe_press(

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pikv.calibration.future import LayerReading, read_lesson
-from pikv.calibration.lessons import lesson_of, make_lessons
+from pikv.calibration.samples import make_samples, sample_of
+from pikv.calibration.targets import LayerReading, TargetStatistics, read_sample
+from pikv.calibration.training import NUM_STATISTICS_SAMPLES
 from pikv.core import LayerView
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.studies.data import Data
-from pikv.routing.training import NUM_SURVEYED, Survey
 from pikv.scoring.base import Scorer
 
 _RIDGE = 1e-3
@@ -30,19 +30,20 @@ class LinearProbeScorer(Scorer):
         return (_with_one(hidden) @ self.weights[view.rank].to(hidden.device)).transpose(1, 2)
 
 
-def fit_probes(data: Data, num_tokens: int, num_lessons: int, seed: int) -> LinearProbeScorer:
-    """Fits a linear probe to what trained routers are trained on: as many of the same lessons, the same targets.
+def fit_probes(data: Data, num_tokens: int, num_samples: int, seed: int) -> LinearProbeScorer:
+    """Fits a linear probe to what trained routers are trained on: as many of the same samples, the same targets.
 
     By ridge regression, which finds the least squares at once.
     """
-    lessons = make_lessons(data.model, None, None, num_tokens=num_tokens, seed=seed)
-    survey = Survey.of(read_lesson(data.model, lessons.to_learn(index)) for index in range(NUM_SURVEYED))
+    samples = make_samples(data.model, None, None, num_tokens=num_tokens, seed=seed)
+    first = (samples.training(index) for index in range(NUM_STATISTICS_SAMPLES))
+    statistics = TargetStatistics.of(read_sample(data.model, sample) for sample in first)
     products: dict[int, Tensor] = {}
     targets: dict[int, Tensor] = {}
-    for index in range(num_lessons):
-        for rank, reading in enumerate(read_lesson(data.model, lessons.to_learn(NUM_SURVEYED + index))):
+    for index in range(num_samples):
+        for rank, reading in enumerate(read_sample(data.model, samples.training(NUM_STATISTICS_SAMPLES + index))):
             inputs = _with_one(reading.view.hidden_states[0]).double().cpu()
-            target = survey.target(rank, reading.taken).double().cpu()
+            target = statistics.target(rank, reading.future_attention).double().cpu()
             products[rank] = inputs.mT @ inputs + products.get(rank, 0)
             targets[rank] = inputs.mT @ target.mT + targets.get(rank, 0)
     weights = []
@@ -66,14 +67,14 @@ class FutureScorer(Scorer):
             known = layers[view.rank]
             same = known.view.hidden_states.shape == view.hidden_states.shape
             if same and torch.allclose(known.view.hidden_states, view.hidden_states, rtol=1e-3, atol=1e-3):
-                return known.taken.unsqueeze(0)
+                return known.future_attention.unsqueeze(0)
         raise ValueError("these questions are not known")
 
 
 def look_ahead(quality: QuestionSet) -> FutureScorer:
     """Lets the model read every context and answer its questions, to see what that takes."""
-    lessons = [lesson_of(quality.tokenizer, sample) for sample in quality.samples]
-    return FutureScorer([read_lesson(quality.model, lesson) for lesson in lessons])
+    samples = [sample_of(quality.tokenizer, sample) for sample in quality.samples]
+    return FutureScorer([read_sample(quality.model, sample) for sample in samples])
 
 
 def _with_one(hidden_states: Tensor) -> Tensor:

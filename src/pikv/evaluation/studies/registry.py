@@ -5,7 +5,7 @@ from pikv.evaluation.studies.calibration import CALIBRATION
 from pikv.evaluation.studies.eplb_duo import EPLB_DUO_STUDY
 from pikv.evaluation.studies.presses import COMBINATIONS, duo_and_router, expert_alone, routed, router_presses, single_presses
 from pikv.registry import unknown
-from pikv.scoring.experts import EXPERTS
+from pikv.routing.experts import EXPERTS
 
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pikv.calibration.calibrate import calibrate
+from pikv.calibration.default_calibration import calibration_of, use_calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.config import EvaluationConfig
 from pikv.evaluation.environment import environment
@@ -15,10 +17,8 @@ from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
 from pikv.evaluation.summary import summary_frame
 from pikv.registry import unknown
-from pikv.routing.calibrate import calibrate
+from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
-from pikv.routing.known import calibration_of, use_calibration
-from pikv.scoring.experts import default_experts
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, check_weight, zero_linear
+from pikv.routing.factory import register_router
 
 
+@register_router("adaptive")
 class AdaptiveRouter(MoERouter):
     """Sends a token to between ``min_k`` and ``top_k`` experts, as a learned head finds it important.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +12,16 @@ from safetensors.torch import save_file
 
 from calibrated import random_calibration
 from pikv import PiKVCache
-from pikv.calibration.future import read_lesson
-from pikv.calibration.heads import save_head_scores
-from pikv.calibration.lessons import make_lessons
+from pikv.calibration.files import FILE_NAME
+from pikv.calibration.samples import make_samples
+from pikv.calibration.targets import read_sample
+from pikv.calibration.training import Trainer, TrainingSettings
+from pikv.calibration.validation import validate
 from pikv.hf.identity import model_signature
 from pikv.presses import MoERouterPress
 from pikv.routing import Calibration, calibrate, calibration_of, use_calibration
-from pikv.routing.calibration import FILE_NAME
-from pikv.routing.exam import examine
+from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
-from pikv.routing.training import Trainer, TrainingSettings
-from pikv.scoring.experts import default_experts
 from tiny import batch_of, build
 
 QUICK = dict(num_tokens=64, num_steps=4)
@@ -29,7 +29,7 @@ QUICK = dict(num_tokens=64, num_steps=4)
 
 def tensors_of(calibration):
     found = {"profiles": calibration.profiles, "head_scores": calibration.head_scores, "fingerprint": calibration.fingerprint}
-    for kind, states in calibration.panels.items():
+    for kind, states in calibration.mixers.items():
         for rank, state in enumerate(states):
             found |= {f"{kind}.{rank}.{name}": tensor for name, tensor in state.items()}
     return found
@@ -45,8 +45,8 @@ def assert_same(one, other):
 
 def trainer(model, *, num_tokens=64, texts=None, tokenizer=None, num_experts=4, **settings):
     settings = TrainingSettings(**{"kinds": ("eplb", "pikv"), "num_tokens": num_tokens, "num_steps": 6, **settings})
-    lessons = make_lessons(model, texts, tokenizer, num_tokens=num_tokens, seed=settings.seed)
-    return Trainer(model, lessons, default_experts(num_experts), settings)
+    samples = make_samples(model, texts, tokenizer, num_tokens=num_tokens, seed=settings.seed)
+    return Trainer(model, samples, default_experts(num_experts), settings)
 
 
 def test_it_is_deterministic_and_leaves_the_model_alone(llama):
@@ -58,7 +58,7 @@ def test_it_is_deterministic_and_leaves_the_model_alone(llama):
     assert torch.equal(torch.rand(2), expected)  # nor is anybody else's randomness touched
     assert_same(one, calibrate(build("llama"), **QUICK))
     other = calibrate(llama, **QUICK, seed=1)
-    assert not torch.equal(one.panels["base"][0]["router.gate.weight"], other.panels["base"][0]["router.gate.weight"])
+    assert not torch.equal(one.mixers["base"][0]["router.gate.weight"], other.mixers["base"][0]["router.gate.weight"])
     assert all(parameter.grad is None and parameter.requires_grad for parameter in llama.parameters())
     for name, tensor in llama.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -68,13 +68,13 @@ def test_it_is_deterministic_and_leaves_the_model_alone(llama):
 
 def test_what_a_calibration_says(llama):
     calibration = calibrate(llama, **QUICK, kinds=("eplb", "adaptive", "eplb"), top_k=1, dropout=0.0)
-    assert list(calibration.panels) == ["eplb", "adaptive"]
+    assert list(calibration.mixers) == ["eplb", "adaptive"]
     assert calibration.profiles.shape == (3, 4, 128)
     assert float(calibration.profiles.max()) == 1
     assert calibration.head_scores.shape == (3, 4)
     assert calibration.experts == tuple(default_experts())
     assert (calibration.settings["top_k"], calibration.settings["dropout"]) == (1, 0.0)
-    taken = calibration.report["taken_from_kept"]
+    taken = calibration.report["kept_share"]
     assert list(taken) == ["best", "eplb", "adaptive", "even"]
     for shares in taken.values():
         assert list(shares) == ["50%", "80%", "90%"]
@@ -85,10 +85,10 @@ def test_what_a_calibration_says(llama):
     json.dumps(calibration.report)
 
 
-def test_training_pays_on_lessons_that_were_not_learned_from(demo):
+def test_training_pays_on_samples_that_were_not_trained_on(demo):
     model, tokenizer = demo
     calibration = calibrate(model, tokenizer=tokenizer, num_tokens=256, num_steps=20, kinds=("eplb", "pikv"))
-    taken = calibration.report["taken_from_kept"]
+    taken = calibration.report["kept_share"]
     for kind in ("eplb", "pikv"):
         assert taken[kind]["50%"] > 0.95 > taken["even"]["50%"] + 0.3
         assert taken[kind]["80%"] > 0.9 > taken["even"]["80%"] + 0.4
@@ -110,7 +110,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(llama, tmp_path, monke
 
         return progress
 
-    monkeypatch.setattr("pikv.routing.training._CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("pikv.calibration.training._CHECKPOINT_EVERY", 2)
     path = tmp_path / "checkpoint"
     settings = dict(num_tokens=64, num_steps=7)
     uninterrupted = calibrate(llama, **settings)
@@ -169,10 +169,10 @@ def test_the_balance_loss_evens_out_what_experts_are_used_for(demo):
         taught = trainer(model, tokenizer=tokenizer, kinds=("base",), num_steps=20, num_tokens=128, aux_loss_weight=weight)
         for _ in range(20):
             taught.take_step()
-        readings = [read_lesson(model, taught.lessons.held_out(number)) for number in range(4)]
+        readings = [read_sample(model, taught.samples.validation(number)) for number in range(4)]
         loads = []
-        for rank, panel in enumerate(taught.panels["base"]):
-            routings = [panel.eval().router.route(lesson[rank].view.hidden_states) for lesson in readings]
+        for rank, mixer in enumerate(taught.mixers["base"]):
+            routings = [mixer.eval().router.route(sample[rank].view.hidden_states) for sample in readings]
             loads.append(sum(routing.load.sum(0) for routing in routings))
         return float((torch.stack(loads).double().amax(1) / torch.stack(loads).double().mean(1)).mean())
 
@@ -200,18 +200,18 @@ def test_impossible_trainings(llama, options, message):
         calibrate(llama, **{**QUICK, **options})
 
 
-def test_an_exam_by_hand(llama):
+def test_validation_by_hand(llama):
     """What is kept of what is taken, for one head budget that is even."""
-    lessons = make_lessons(llama, None, None, num_tokens=64, seed=0)
-    found = examine(llama, lessons, default_experts(), {}, torch.ones(3, 4, 128))
+    samples = make_samples(llama, None, None, num_tokens=64, seed=0)
+    found = validate(llama, samples, default_experts(), {}, torch.ones(3, 4, 128))
     assert list(found) == ["best", "even"]
     shares = []
     for number in range(4):
         kept = total = 0.0
-        for reading in read_lesson(llama, lessons.held_out(number)):
-            count = max(1, round(reading.taken.shape[1] * 0.2))
-            kept += float(reading.taken.sort(dim=1, descending=True).values[:, :count].sum())
-            total += float(reading.taken.sum())
+        for reading in read_sample(llama, samples.validation(number)):
+            count = max(1, round(reading.future_attention.shape[1] * 0.2))
+            kept += float(reading.future_attention.sort(dim=1, descending=True).values[:, :count].sum())
+            total += float(reading.future_attention.sum())
         shares.append(kept / total)
     assert found["best"]["80%"] == pytest.approx(sum(shares) / 4, rel=1e-5)
 
@@ -234,6 +234,44 @@ def test_a_file_holds_it_all_bit_by_bit(llama, tmp_path):
     )
 
 
+def test_a_file_is_whole_or_not_there(llama, tmp_path, monkeypatch):
+    def broken(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pikv.hf.files.save_file", broken)
+    with pytest.raises(ValueError, match=r"cannot write .*one.safetensors: disk full"):
+        random_calibration(llama).save(tmp_path / "one.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_the_first_format_can_be_read(llama, tmp_path):
+    calibration = dataclasses.replace(
+        random_calibration(llama), settings={"samples": "synthetic"}, report={"kept_share": {"best": {"50%": 0.9}}}
+    )
+    path = tmp_path / "old.safetensors"
+    calibration.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = {}
+    for name, tensor in tensors.items():
+        if name.startswith("mixer."):
+            name = "panel." + name.removeprefix("mixer.")
+            if name.count(".") == 3:
+                name = name.replace(".weight", ".trust").replace(".bias", ".level")
+        old[name] = tensor
+    assert {name.rsplit(".", 1)[1] for name in old if name.count(".") == 3} == {"trust", "level"}
+    report = {"taken_from_kept": calibration.report["kept_share"]}
+    changed = {"format": "pikv-calibration-1", "settings": json.dumps({"lessons": "synthetic"}), "report": json.dumps(report)}
+    save_file(old, path, {**metadata, **changed})
+    loaded = Calibration.load(path, llama)
+    assert_same(loaded, calibration)
+    assert (loaded.settings, loaded.report) == (calibration.settings, calibration.report)
+    press = MoERouterPress(router_type="hierarchical", calibration=path)
+    assert kept(llama, press) == kept(llama, MoERouterPress(router_type="hierarchical", calibration=calibration))
+    assert press.get_stats()["calibrated"] is True
+
+
 def test_a_trained_one_is_the_same_from_a_file(llama, tmp_path):
     calibration = calibrate(llama, **QUICK)
     calibration.save(tmp_path / FILE_NAME)
@@ -242,9 +280,9 @@ def test_a_trained_one_is_the_same_from_a_file(llama, tmp_path):
     assert loaded.report == calibration.report
     assert loaded.settings == json.loads(json.dumps(calibration.settings))
     for kind in ROUTERS:
-        panels = loaded.build(llama, kind, 2)
-        assert list(panels) == [0, 1, 2]
-        assert all(panel.router.calibrated and not panel.training for panel in panels.values())
+        mixers = loaded.build(llama, kind, 2)
+        assert list(mixers) == [0, 1, 2]
+        assert all(mixer.router.calibrated and not mixer.training for mixer in mixers.values())
 
 
 def kept(model, press):
@@ -317,7 +355,7 @@ def test_files_that_cannot_be_read(llama, tmp_path, damage):
     if damage == "folder":
         path.mkdir()
     elif damage == "no calibration":
-        save_head_scores(path, torch.rand(3, 4), llama.config)
+        save_file({"head_scores": torch.rand(3, 4)}, path, {"model_type": "llama"})
     elif damage != "missing":
         calibration.save(path)
     if damage in ("garbage", "empty"):
@@ -344,12 +382,12 @@ NOT_ROUTERS = r"routers of the kind eplb are damaged: \S"
         (dict(leave_out=("head_scores",)), NOT_WHOLE),
         (dict(metadata={"experts": "{"}), NOT_WHOLE),
         (dict(metadata={"facts": "null"}), NOT_WHOLE),
-        ({"panel.eplb.7.trust": torch.ones(4, 4)}, NOT_WHOLE),
-        ({"panel.eplb.one.trust": torch.ones(4, 4)}, NOT_WHOLE),
-        ({"panel.eplb": torch.ones(4, 4)}, NOT_WHOLE),
-        ({"panel.eplb.1.trust": torch.ones(4, 3)}, NOT_ROUTERS),
-        ({"panel.eplb.1.further": torch.ones(4, 3)}, NOT_ROUTERS),
-        (dict(leave_out=("panel.eplb.1.trust",)), NOT_ROUTERS),
+        ({"mixer.eplb.7.weight": torch.ones(4, 4)}, NOT_WHOLE),
+        ({"mixer.eplb.one.weight": torch.ones(4, 4)}, NOT_WHOLE),
+        ({"mixer.eplb": torch.ones(4, 4)}, NOT_WHOLE),
+        ({"mixer.eplb.1.weight": torch.ones(4, 3)}, NOT_ROUTERS),
+        ({"mixer.eplb.1.further": torch.ones(4, 3)}, NOT_ROUTERS),
+        (dict(leave_out=("mixer.eplb.1.weight",)), NOT_ROUTERS),
         (dict(profiles=torch.ones(2, 4, 128)), NOT_WHOLE),
         (dict(profiles=torch.ones(12, 128)), NOT_WHOLE),
     ],
@@ -391,7 +429,7 @@ def test_the_demo_model_has_one_of_all_kinds(demo):
     model, _ = demo
     calibration = calibration_of(model)
     assert calibration is not None
-    assert set(calibration.panels) == set(ROUTERS)
+    assert set(calibration.mixers) == set(ROUTERS)
     assert calibration.experts == tuple(default_experts())
     assert model_signature(model.config) == calibration.facts
     ids = batch_of([100], vocabulary=400)[0]

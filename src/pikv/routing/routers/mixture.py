@@ -8,8 +8,10 @@ from torch.nn.functional import softplus
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, check_factor, check_weight, slots_needed, zero_linear
+from pikv.routing.factory import register_router
 
 
+@register_router("mixture", is_press=False)
 class MixtureRouter(MoERouter):
     """Has ``train_capacity_factor`` in training and ``eval_capacity_factor`` otherwise (GShard, arXiv 2006.16668).
 

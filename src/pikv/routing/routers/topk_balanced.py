@@ -7,8 +7,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, MoERouter, Terms, check_weight
+from pikv.routing.factory import register_router
 
 
+@register_router("topk_balanced")
 class TopKBalancedRouter(MoERouter):
     """Adds to the loss how uneven the mean probabilities of a sequence's experts are; all three terms are 0 if they are even.
 

@@ -4,21 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
+from pikv.calibration.checkpoint import Checkpoint
+from pikv.calibration.files import Calibration
 from pikv.calibration.heads import find_retrieval_heads, judge_heads
-from pikv.calibration.lessons import make_lessons
 from pikv.calibration.progress import ProgressBar, no_progress
+from pikv.calibration.samples import default_num_tokens, make_samples
+from pikv.calibration.training import Trainer, TrainingSettings
+from pikv.calibration.validation import validate
 from pikv.hf.identity import fingerprint, model_signature
 from pikv.hf.support import check_supported
-from pikv.routing.calibration import Calibration
-from pikv.routing.exam import examine
-from pikv.routing.factory import ROUTERS
-from pikv.routing.training import Trainer, TrainingSettings
-from pikv.scoring.experts import RetentionExpert, default_experts
+from pikv.routing.experts import RetentionExpert, default_experts
+from pikv.routing.factory import ROUTERS, default_top_k
 from pikv.tasks.contexts import TokenizedSample
 
 
@@ -29,11 +27,11 @@ def calibrate(
     tokenizer: Any = None,
     kinds: Sequence[str] | None = None,
     experts: Mapping[str, RetentionExpert] | None = None,
-    top_k: int = 2,
+    top_k: int | None = None,
     capacity_factor: float = 1.5,
     dropout: float = 0.1,
     aux_loss_weight: float = 0.01,
-    num_tokens: int = 1024,
+    num_tokens: int | None = None,
     num_steps: int = 300,
     seed: int = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -42,12 +40,27 @@ def calibrate(
 ) -> Calibration:
     """Trains routers of ``kinds`` for all layers of ``model``, which stays as it is, and finds its retrieval heads.
 
-    The model reads contexts of up to ``num_tokens`` tokens, then what comes after them; what later queries really take from
-    each cached token is what its score should foretell, from the token's hidden state alone, before anything is asked. Lessons
-    are made of ``texts_or_tasks``, texts and retrieval samples with answers; None stands for fresh synthetic retrieval, and
-    where there is neither a ``tokenizer`` nor one beside the model, for random tokens that repeat. ``kinds`` None stands for
-    all that go with so many experts. ``options`` are further options of a kind of router, by kind. With a ``checkpoint`` file
-    an interrupted training goes on where it stopped; it is there until somebody removes it.
+    The model reads contexts, then what comes after them. How much later queries read each cached token is what its score
+    should foresee, from the token's hidden state alone, before anything is asked. An interrupted training goes on where it
+    stopped if it has a ``checkpoint`` file.
+
+    Args:
+        model: a causal language model of transformers
+        texts_or_tasks: texts, and retrieval samples with answers; None for fresh synthetic retrieval, or, where there is no
+            tokenizer, for random tokens that repeat
+        tokenizer: that of the model; None for the one beside it, if there is one
+        kinds: kinds of router; None for all that can be made for so many experts
+        experts: retention experts by name; None for the default ones
+        top_k: experts that a token goes to; None for 2, or 1 if there is but one
+        capacity_factor: slots of an expert, over what an even spread would need
+        dropout: share of the gate's inputs that training leaves out
+        aux_loss_weight: weight of the routers' own loss
+        num_tokens: tokens of the longest contexts; None for 1,024, or half of the model's positions if that is less
+        num_steps: contexts to train on, one a step
+        seed: of contexts, dropout and noise
+        options: further options of a kind of router, by kind
+        checkpoint: a file to leave the state of the training in; it is not removed at the end
+        progress: opens a progress bar
 
     Raises:
         ValueError: before any work, for too little text, unknown kinds, options out of range, a model that is not supported,
@@ -57,41 +70,41 @@ def calibrate(
     experts = default_experts() if experts is None else dict(experts)
     settings = TrainingSettings(
         kinds=tuple(ROUTERS) if kinds is None else tuple(dict.fromkeys(kinds)),
-        top_k=top_k,
+        top_k=default_top_k(len(experts)) if top_k is None else top_k,
         capacity_factor=capacity_factor,
         dropout=dropout,
         aux_loss_weight=aux_loss_weight,
-        num_tokens=num_tokens,
+        num_tokens=default_num_tokens(model) if num_tokens is None else num_tokens,
         num_steps=num_steps,
         seed=seed,
         options={kind: dict(chosen) for kind, chosen in (options or {}).items()},
     )
     settings = replace(settings, kinds=_possible(settings, len(experts), all_wanted=kinds is not None))
-    lessons = make_lessons(model, texts_or_tasks, tokenizer, num_tokens=num_tokens, seed=seed)
-    path = None if checkpoint is None else Path(checkpoint)
-    state = _read_checkpoint(path) if path is not None and path.is_file() else None
+    samples = make_samples(model, texts_or_tasks, tokenizer, num_tokens=settings.num_tokens, seed=seed)
+    file = None if checkpoint is None else Checkpoint(Path(checkpoint))
+    state = None if file is None else file.read()
     with _evaluating(model):
         scores = find_retrieval_heads(model, tokenizer)
-        trainer = Trainer(model, lessons, experts, settings)
+        trainer = Trainer(model, samples, experts, settings)
         if state is not None:
             trainer.load(state)
         advance = progress("training", num_steps)
         for _ in range(trainer.step):
             advance()
-        trainer.run(path, advance)
-        panels = {kind: [panel.eval() for panel in layers] for kind, layers in trainer.panels.items()}
-        taken = examine(model, lessons, experts, panels, trainer.profiles)
+        trainer.run(file, advance)
+        mixers = {kind: [mixer.eval() for mixer in layers] for kind, layers in trainer.mixers.items()}
+        found = validate(model, samples, experts, mixers, trainer.profiles)
     sources = "synthetic" if texts_or_tasks is None else f"{len(texts_or_tasks)} texts or tasks"
     return Calibration(
         facts=model_signature(model.config),
         fingerprint=fingerprint(model),
         experts=tuple(experts),
-        panels={kind: [panel.state_dict() for panel in layers] for kind, layers in panels.items()},
+        mixers={kind: [mixer.state_dict() for mixer in layers] for kind, layers in mixers.items()},
         profiles=trainer.profiles / trainer.profiles.amax(),
         head_scores=scores,
         options=settings.options,
-        settings={**asdict(settings), "lessons": sources},
-        report={"taken_from_kept": taken, "heads": asdict(judge_heads(scores))},
+        settings={**asdict(settings), "samples": sources},
+        report={"kept_share": found, "heads": asdict(judge_heads(scores))},
     )
 
 
@@ -120,10 +133,3 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _read_checkpoint(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise ValueError(f"cannot read the checkpoint {path}; remove it to begin anew") from error

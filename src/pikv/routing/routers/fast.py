@@ -15,6 +15,7 @@ from pikv.routing.base import (
     check_weight,
     slots_needed,
 )
+from pikv.routing.factory import register_router
 from pikv.routing.result import Routing, count_by_bin, places_by_priority
 
 
@@ -37,6 +38,7 @@ class Exchange:
     expert_counts: Tensor
 
 
+@register_router("fast", is_press=False)
 class FastRouter(MoERouter):
     """Places experts on ``world_size`` ranks, in order, and plans what is sent where; it needs no process group.
 

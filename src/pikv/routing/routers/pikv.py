@@ -5,9 +5,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, check_weight
+from pikv.routing.factory import register_router
 from pikv.routing.result import Routing
 
 
+@register_router("pikv")
 class PiKVRouter(MoERouter):
     """Shifts the logits by each expert's measured hit rate: ``cache_weight * (rate - mean rate)``.
 
@@ -18,6 +20,7 @@ class PiKVRouter(MoERouter):
         ValueError: for a negative weight, or ``momentum`` outside of [0, 1).
     """
 
+    uses_hits = True
     hit_rates: Tensor
 
     def __init__(
@@ -70,6 +73,12 @@ class PiKVRouter(MoERouter):
                 raise ValueError("give hit_rates or information, not both")
             info = {"hit_rates": hit_rates}
         return super().route(hidden_states, info, allowed=allowed)
+
+    def token_info(self, positions: Tensor, hit_rates: Tensor | None) -> Info | None:
+        if hit_rates is None:
+            return None
+        # Where nothing was measured, what calibration measured holds.
+        return {"hit_rates": torch.where(hit_rates.isnan(), self.hit_rates.to(hit_rates), hit_rates)}
 
     def check_info(self, hidden_states: Tensor, info: Info | None) -> None:
         if info is None:

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from pikv.routing.balance import balanced_choices
 from pikv.routing.base import MoERouter, Terms
+from pikv.routing.factory import register_router
 from pikv.routing.result import count_by_bin
 
 
+@register_router("eplb")
 class EPLBRouter(MoERouter):
     """Loads every expert evenly in every sequence: by ``T * K / E`` choices, rounded down or up.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from pikv.routing.calibration import FILE_NAME, Calibration
+from pikv.calibration.files import FILE_NAME, Calibration
 
 _known: WeakKeyDictionary[Any, Calibration | None] = WeakKeyDictionary()
 

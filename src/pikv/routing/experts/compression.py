@@ -1,4 +1,4 @@
-"""Experts whose opinion is a compression: what it keeps, they vote for."""
+"""Experts whose opinion is a compression: they prefer what it keeps."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from pikv.core import BlockView, LayerView
-from pikv.scoring.experts import RetentionExpert
+from pikv.routing.experts.base import RetentionExpert
 
 Compress = Callable[..., tuple[Tensor, Tensor]]
 """Takes keys and values ``[n, 1, L, D]`` and returns those of the tokens to keep, as they are."""
 
 
 class CompressionExpert(RetentionExpert):
-    """Votes 1 for the tokens that ``compress`` keeps, 0 for the others; one that keeps all leaves it to ``otherwise``.
+    """Scores 1 for the tokens that ``compress`` keeps, 0 for the others; one that keeps all leaves it to ``otherwise``.
+
+    ``compress`` returns tensors, not indices: kept tokens are found again by their bits.
 
     Raises:
         ValueError: when asked, if what ``compress`` returns was not among what it was given.
@@ -32,18 +34,19 @@ class CompressionExpert(RetentionExpert):
 
         def kept(block: BlockView) -> Tensor:
             keys, values = block.keys, block.values
+            if not block.length:
+                return torch.zeros(keys.shape[:2], device=keys.device)
             left, left_values = compress(keys.unsqueeze(1), values.unsqueeze(1))
-            return torch.stack(
-                [_are_among(*row) for row in zip(keys, values, left[:, 0], left_values[:, 0], strict=True)]
-            ).float()
+            rows = zip(keys, values, left[:, 0], left_values[:, 0], strict=True)
+            return torch.stack([_are_among(*row) for row in rows]).float()
 
         return view.by_block(kept)
 
-    def votes(self, view: LayerView) -> Tensor:
-        """What is kept, as votes of 1 and 0, ``[B, G, L]``."""
+    def rank_scores(self, view: LayerView) -> Tensor:
+        """1 for what is kept and 0 for the others, ``[B, G, L]``."""
         preference = self.preference(view)
         if self.otherwise is not None and bool((preference.bool() | ~view.kept.valid).all()):
-            return self.otherwise.votes(view)
+            return self.otherwise.rank_scores(view)
         return preference
 
 
@@ -51,7 +54,7 @@ def _are_among(keys: Tensor, values: Tensor, left: Tensor, left_values: Tensor) 
     """Which tokens of ``[L, D]`` are left, ``[L]``."""
     marks, marks_left = _marks(keys, values), _marks(left, left_values)
     if not bool(torch.isin(marks_left, marks).all()):
-        raise ValueError("a compression must return tokens that it was given, unchanged: they are voted for, not stored")
+        raise ValueError("a compression must return tokens that it was given, unchanged: it only says which ones to keep")
     return torch.isin(marks, marks_left)
 
 

@@ -5,9 +5,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, Terms, balance_loss, check_weight, zero_linear
-from pikv.routing.choice import favourites
+from pikv.routing.choice import balanced_topk
+from pikv.routing.factory import register_router
 
 
+@register_router("hierarchical")
 class HierarchicalRouter(MoERouter):
     """Chooses ``top_groups`` of ``num_groups`` groups of experts for a token, then its experts within these.
 
@@ -51,7 +53,7 @@ class HierarchicalRouter(MoERouter):
     def assign(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         groups = logits.unflatten(2, (self.num_groups, self.group_size))
         turn = torch.arange(logits.shape[1], device=logits.device) // self.group_size
-        order = favourites(groups.logsumexp(-1), self.num_groups, turn)
+        order = balanced_topk(groups.logsumexp(-1), self.num_groups, turn)
         permitted = groups.isfinite().sum(3).gather(2, order)
         # Where a mask leaves the chosen groups too few experts, the next ones open.
         is_open = torch.arange(self.num_groups, device=order.device) < self.top_groups

@@ -1,4 +1,4 @@
-"""What was learned about a model, as one file."""
+"""What calibration learned about a model, as one file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,39 @@ from pikv.hf.files import write_whole
 from pikv.hf.identity import ModelSignature, check_same_model, fingerprint, is_same_fingerprint, model_signature
 from pikv.hf.support import ragged_layers
 from pikv.routing.factory import create_moe_router
-from pikv.routing.panel import VotePanel
+from pikv.routing.mixer import ExpertMixer
 
 FILE_NAME = "pikv_calibration.safetensors"
 """Under this name a calibration is found beside the model it was made for."""
-FORMAT = "pikv-calibration-1"
+FORMAT = "pikv-calibration-2"
 
-_PANEL = "panel."
+_MIXER = "mixer."
+_OLD_FORMAT = "pikv-calibration-1"
+_OLD_MIXER = "panel."
+_OLD_ENTRIES = {"settings": ("lessons", "samples"), "report": ("taken_from_kept", "kept_share")}
+_OLD_NAMES = {"trust": "weight", "level": "bias"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """Routers of every layer, what each head makes of their experts' votes, budgets by head, and heads that retrieve.
+    """Routers of every layer, what each head makes of their experts' scores, budgets by head, and heads that retrieve.
 
-    ``panels`` holds a panel's weights by kind of router, then by layer (its rank among those that hold ragged rows).
-    ``profiles`` ``[num_layers, G, P]`` are what ``ProfileBudget`` shares out by, ``head_scores`` ``[num_layers, G]`` what
-    DuoAttention does. ``options`` are the routers' options by kind, ``report`` what training measured, ``settings`` how it was
-    done; all three as JSON has them.
+    Attributes:
+        facts: the model that it was made for
+        fingerprint: of the model's weights
+        experts: names of the retention experts
+        mixers: the state of an ``ExpertMixer``, by kind of router, then by layer (its rank among those that hold ragged rows)
+        profiles: how much later queries read of each head's tokens, ``[num_layers, G, P]``; see ``ProfileBudget``
+        head_scores: how much each head retrieves, ``[num_layers, G]``; see ``DuoAttentionPress``
+        options: further options of the routers, by kind, as JSON has them
+        settings: how they were trained, as JSON has it
+        report: what was measured on samples for validation, as JSON has it
     """
 
     facts: ModelSignature
     fingerprint: Tensor
     experts: tuple[str, ...]
-    panels: Mapping[str, Sequence[Mapping[str, Tensor]]]
+    mixers: Mapping[str, Sequence[Mapping[str, Tensor]]]
     profiles: Tensor
     head_scores: Tensor
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -50,38 +60,42 @@ class Calibration:
             raise ValueError("made for a model of the same kind, but with other weights")
 
     def lacks(self, kind: str, experts: Sequence[str]) -> str | None:
-        """Why there are no panels for a kind of router and these experts, or None if there are."""
-        if kind not in self.panels:
-            return f"it has routers of the kinds {', '.join(self.panels)}"
+        """Why it has no routers of a kind for these experts, or None if it has."""
+        if kind not in self.mixers:
+            return f"it has routers of the kinds {', '.join(self.mixers)}"
         if tuple(experts) != self.experts:
             return f"it was made for the experts {', '.join(self.experts)}"
         return None
 
-    def build(self, model: Any, kind: str, top_k: int, **options: Any) -> dict[int, VotePanel]:
-        """The trained panels of ``kind`` by layer index, in evaluation mode on the model's device.
+    def build(self, model: Any, kind: str, top_k: int, **options: Any) -> dict[int, ExpertMixer]:
+        """The trained routers of ``kind``, with their mixers, by layer index, in evaluation mode on the model's device.
 
         Raises:
             ValueError: if they are damaged, or options are out of range.
         """
         hidden_size = model.config.get_text_config(decoder=True).hidden_size
-        panels = {}
-        for layer, state in zip(ragged_layers(model.config), self.panels[kind], strict=True):
+        mixers = {}
+        for layer, state in zip(ragged_layers(model.config), self.mixers[kind], strict=True):
             router = create_moe_router(kind, hidden_size, len(self.experts), top_k, **options)
-            panel = VotePanel(router, self.profiles.shape[1])
+            mixer = ExpertMixer(router, self.profiles.shape[1])
             try:
-                panel.load_state_dict(dict(state))
+                mixer.load_state_dict(dict(state))
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ValueError(f"the calibration's routers of the kind {kind} are damaged: {reason}") from error
-            panels[layer] = panel.eval().to(model.device)
-        return panels
+            mixers[layer] = mixer.eval().to(model.device)
+        return mixers
 
     def save(self, path: str | Path) -> None:
-        """Writes one ``.safetensors`` file, whole or not at all."""
+        """Writes one ``.safetensors`` file, whole or not at all.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
         tensors = {"profiles": self.profiles, "head_scores": self.head_scores, "fingerprint": self.fingerprint}
-        for kind, states in self.panels.items():
+        for kind, states in self.mixers.items():
             for rank, state in enumerate(states):
-                tensors |= {f"{_PANEL}{kind}.{rank}.{name}": tensor for name, tensor in state.items()}
+                tensors |= {f"{_MIXER}{kind}.{rank}.{name}": tensor for name, tensor in state.items()}
         about = {
             "facts": self.facts,
             "experts": self.experts,
@@ -91,7 +105,11 @@ class Calibration:
         }
         metadata = {name: json.dumps(value) for name, value in about.items()}
         metadata |= {"format": FORMAT, "model_type": str(self.facts.get("model_type"))}
-        write_whole(Path(path), {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, metadata)
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        try:
+            write_whole(Path(path), tensors, metadata)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> "Calibration":
@@ -106,7 +124,11 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read a calibration from {path}: {error}") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") == _OLD_FORMAT:
+            tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
+            for name, (old, new) in _OLD_ENTRIES.items():
+                metadata[name] = metadata.get(name, "").replace(f'"{old}":', f'"{new}":')
+        elif metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no calibration of this release: its format is {metadata.get('format')}")
         try:
             calibration = _unpack(metadata, tensors)
@@ -122,22 +144,32 @@ class Calibration:
         return calibration
 
 
+def _new_name(name: str) -> str:
+    """What a tensor of the old format is called now."""
+    if not name.startswith(_OLD_MIXER):
+        return name
+    *places, parameter = name.removeprefix(_OLD_MIXER).split(".")
+    # The parameters of a mixer lie at its top; what is below belongs to its router.
+    parameter = _OLD_NAMES.get(parameter, parameter) if len(places) == 2 else parameter
+    return _MIXER + ".".join([*places, parameter])
+
+
 def _unpack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Calibration:
-    panels: dict[str, list[dict[str, Tensor]]] = {}
+    mixers: dict[str, list[dict[str, Tensor]]] = {}
     num_layers, heads = tensors["head_scores"].shape
     if tensors["profiles"].dim() != 3 or tensors["profiles"].shape[:2] != (num_layers, heads):
         raise ValueError(f"profiles {list(tensors['profiles'].shape)} for {num_layers} layers of {heads} heads")
     if not isinstance(json.loads(metadata["facts"]), dict):
         raise ValueError("it does not say what model it was made for")
     for name, tensor in tensors.items():
-        if name.startswith(_PANEL):
-            kind, rank, parameter = name.removeprefix(_PANEL).split(".", 2)
-            panels.setdefault(kind, [{} for _ in range(num_layers)])[int(rank)][parameter] = tensor
+        if name.startswith(_MIXER):
+            kind, rank, parameter = name.removeprefix(_MIXER).split(".", 2)
+            mixers.setdefault(kind, [{} for _ in range(num_layers)])[int(rank)][parameter] = tensor
     return Calibration(
         facts=json.loads(metadata["facts"]),
         fingerprint=tensors["fingerprint"],
         experts=tuple(json.loads(metadata["experts"])),
-        panels=panels,
+        mixers=mixers,
         profiles=tensors["profiles"],
         head_scores=tensors["head_scores"],
         options=json.loads(metadata["options"]),

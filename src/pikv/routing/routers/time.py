@@ -5,8 +5,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, zero_linear
+from pikv.routing.factory import register_router
 
 
+@register_router("time", is_press=False)
 class TimeRouter(MoERouter):
     """Adds to the logits what is learned of a token's time: waves of ``num_frequencies`` periods, and its seasonality.
 
@@ -36,6 +38,9 @@ class TimeRouter(MoERouter):
         self.longest_period = longest_period
         self.time_gate = zero_linear(2 * num_frequencies, num_experts)
         self.season_gate = zero_linear(1, num_experts)
+
+    def token_info(self, positions: Tensor, hit_rates: Tensor | None) -> Info | None:
+        return {"timestamps": positions.float()}
 
     def check_info(self, hidden_states: Tensor, info: Info | None) -> None:
         """Refuses information without timestamps, of other names or shapes, or not finite."""

@@ -1,18 +1,18 @@
-"""Votes weighed by routers: sequence by sequence, turn by turn, and nothing left in the press."""
+"""Experts weighed by routers: sequence by sequence, turn by turn, and nothing left in the press."""
 
 import pytest
 import torch
 
 from calibrated import random_calibration
 from pikv import PiKVCache
-from pikv.calibration.future import Lesson, read_lesson
+from pikv.calibration.targets import CalibrationSample, read_sample
 from pikv.presses import DecodingPress, MoERouterPress, NoCompressionPress, PrefillDecodingPress
 from pikv.routing import EPLBRouter, PiKVRouter, create_moe_router
+from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
-from pikv.routing.memory import Hits, Mixtures
-from pikv.routing.panel import VotePanel, mixture_of
-from pikv.routing.votes import RoutedVotesScorer
-from pikv.scoring.experts import default_experts
+from pikv.routing.mixer import ExpertMixer, expert_weights
+from pikv.routing.row_state import Hits, PassWeights, is_stored, load_weights, store_weights
+from pikv.routing.scorer import RoutedScorer
 from tiny import batch_of, build
 
 HITS = (Hits, PiKVRouter, *default_experts())
@@ -41,47 +41,49 @@ def kept(cache, sequence=0):
     return [row.tolist() for layer in cache.ragged_layers for row in cache.positions(layer)[sequence]]
 
 
-def mixtures_of(cache, layer=0):
-    """The notes of weights, pass by pass."""
-    return [note for note in cache.state(layer).values() if isinstance(note, Mixtures)]
+def stored_passes(cache, layer=0):
+    """The stored weights, pass by pass."""
+    return [state for state in cache.state(layer).values() if isinstance(state, PassWeights)]
 
 
 def weights_of(cache, layer, sequence):
-    """The weights noted of a sequence's tokens, by position."""
+    """The weights stored of a sequence's tokens, of all four experts, by position."""
     return {
-        position: weights
-        for note in mixtures_of(cache, layer)
-        for position, weights in zip(note.positions[sequence].tolist(), note.weights[sequence], strict=True)
+        position: torch.zeros(4).scatter(0, experts.long(), weights)
+        for state in stored_passes(cache, layer)
+        for position, experts, weights in zip(
+            state.positions[sequence].tolist(), state.experts[sequence], state.weights[sequence], strict=True
+        )
         if position >= 0
     }
 
 
 def view_of(model, length=50):
     ids = batch_of([length + 1])[0][0].tolist()
-    return read_lesson(model, Lesson(context_ids=ids[:length], later_ids=ids[length:], asking=[0]))[1].view
+    return read_sample(model, CalibrationSample(context_ids=ids[:length], later_ids=ids[length:], counted_queries=[0]))[1].view
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_a_panel_is_a_weighted_sum_of_valued_votes(by_head):
+def test_a_mixer_is_a_weighted_sum_of_adjusted_scores(by_head):
     generator = torch.Generator().manual_seed(0)
-    panel = VotePanel(create_moe_router("base", 8, 3), 2)
-    torch.nn.init.normal_(panel.trust, generator=generator)
-    torch.nn.init.normal_(panel.level, generator=generator)
+    mixer = ExpertMixer(create_moe_router("base", 8, 3), 2)
+    torch.nn.init.normal_(mixer.weight, generator=generator)
+    torch.nn.init.normal_(mixer.bias, generator=generator)
     votes = torch.rand(2, 2, 5, 3, generator=generator)
     mixture = torch.rand(2, 2, 5, 3, generator=generator) if by_head else torch.rand(2, 5, 3, generator=generator)
-    scores = panel(mixture, votes)
+    scores = mixer(mixture, votes)
     assert scores.shape == (2, 2, 5)
     for b in range(2):
         for g in range(2):
             for t in range(5):
                 weights = mixture[b, g, t] if by_head else mixture[b, t]
-                total = sum(weights[e] * (panel.level[g, e] + panel.trust[g, e] * votes[b, g, t, e]) for e in range(3))
+                total = sum(weights[e] * (mixer.bias[g, e] + mixer.weight[g, e] * votes[b, g, t, e]) for e in range(3))
                 torch.testing.assert_close(scores[b, g, t], total)
 
 
-def test_a_new_panel_takes_votes_at_their_word():
+def test_a_new_mixer_leaves_scores_as_they_are():
     votes = torch.rand(1, 2, 5, 4)
-    torch.testing.assert_close(VotePanel(create_moe_router("base", 8), 2)(torch.full((1, 5, 4), 0.25), votes), votes.mean(-1))
+    torch.testing.assert_close(ExpertMixer(create_moe_router("base", 8), 2)(torch.full((1, 5, 4), 0.25), votes), votes.mean(-1))
 
 
 def test_an_expert_without_a_slot_for_a_token_has_no_weight():
@@ -90,7 +92,7 @@ def test_an_expert_without_a_slot_for_a_token_has_no_weight():
     with torch.no_grad():
         routing = router.route(torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(1)))
     assert routing.num_dropped > 0
-    mixture = mixture_of(routing)
+    mixture = expert_weights(routing)
     for token in range(30):
         expected = [0.0] * 4
         for choice in range(2):
@@ -123,13 +125,13 @@ def test_routers_read_what_the_attention_modules_are_given(family):
     for index, block in enumerate(blocks):
         module = block.self_attn if hasattr(block, "self_attn") else block.attn
 
-        def note(module, args, kwargs, index=index):
+        def look(module, args, kwargs, index=index):
             inputs[index] = (args[0] if args else kwargs["hidden_states"]).detach()
 
-        module.register_forward_pre_hook(note, with_kwargs=True)
+        module.register_forward_pre_hook(look, with_kwargs=True)
     cache = read(model, press, [batch_of([40])])
     for layer, hidden in inputs.items():
-        expected = mixture_of(press.routers[layer].route(hidden))[0]
+        expected = expert_weights(press.routers[layer].route(hidden))[0]
         weights = weights_of(cache, layer, 0)
         held = sorted({position for row in cache.positions(layer)[0] for position in row.tolist()})
         assert sorted(weights) == held
@@ -209,44 +211,44 @@ def test_hit_rates_change_what_is_kept(llama):
     assert kept(aware) != kept(unaware)
 
 
-def test_going_back_drops_what_was_noted_since(llama):
+def test_going_back_drops_what_was_stored_since(llama):
     press = calibrated_press(llama, "eplb", head_budgets=False, budget=20, recent_size=2)
     ids, mask = batch_of([50, 10])
     cache = read(llama, press, [(ids, mask)])
-    (first,) = mixtures_of(cache)
+    (first,) = stored_passes(cache)
     assert cache.lengths(0).tolist() == [[20] * 4, [10] * 4]
-    # Decoding notes nothing of its own, and taking its tokens back leaves the notes.
+    # Decoding stores nothing of its own, and taking its tokens back leaves the state.
     mark = cache.mark()
     read(llama, press, [(ids[:, -1:], mask[:, -1:])], cache, seen=mask)
-    assert mixtures_of(cache) == [first]
+    assert stored_passes(cache) == [first]
     cache.rewind(mark)
-    assert mixtures_of(cache) == [first]
+    assert stored_passes(cache) == [first]
     # A narrower press shortens the first sequence, which gets nothing new, while the second one just grows.
     narrow = calibrated_press(llama, "eplb", head_budgets=False, budget=12, recent_size=2)
     further = (ids[:, -2:], torch.tensor([[0, 0], [1, 1]]))
     mark = cache.mark()
     read(llama, narrow, [further], cache, seen=mask)
     assert cache.lengths(0).tolist() == [[12] * 4, [12] * 4]
-    assert [note.seen for note in mixtures_of(cache)] == [60, 62]
+    assert [state.seen for state in stored_passes(cache)] == [[50, 10], [50, 12]]
     cache.rewind(mark)
     assert cache.lengths(0).tolist() == [[12] * 4, [10] * 4]
-    assert not [note for note in cache.state(0).values() if note.seen > 60]
+    assert not [state for state in cache.state(0).values() if sum(state.seen) > 60]
     for b in range(2):  # what is still there is still known
         assert set(weights_of(cache, 0, b)) == {position for row in cache.positions(0)[b] for position in row.tolist()}
     read(llama, press, [batch_of([9, 30], seed=1)], cache, seen=mask)
     assert cache.lengths(0).tolist() == [[20] * 4, [20] * 4]
 
 
-def test_cropping_drops_what_was_noted_since(llama):
+def test_cropping_drops_what_was_stored_since(llama):
     press = calibrated_press(llama, "pikv")
     ids, mask = batch_of([40])
     cache = read(llama, press, [(ids, mask)])
-    (noted,) = mixtures_of(cache)
+    (noted,) = stored_passes(cache)
     with pytest.raises(ValueError, match="tokens were evicted"):
         cache.crop(38)
     read(llama, press, [(ids[:, :1], mask[:, :1])], cache, seen=mask)
     cache.crop(40)
-    assert mixtures_of(cache) == [noted]
+    assert stored_passes(cache) == [noted]
 
 
 def test_what_is_read_while_nothing_is_evicted_is_routed_all_the_same(llama):
@@ -262,8 +264,8 @@ def test_what_is_read_while_nothing_is_evicted_is_routed_all_the_same(llama):
     assert all(torch.equal(noted[position], weights) for position, weights in weights_of(cache, 0, 0).items() if position < 40)
 
 
-def test_a_context_is_routed_once_for_two_stages_and_old_notes_go(llama, monkeypatch):
-    """One press for reading and decoding: what the one routed the other need not; notes without tokens are dropped."""
+def test_a_context_is_routed_once_for_two_stages_and_old_state_goes(llama, monkeypatch):
+    """One press for reading and decoding: what the one routed the other need not; state without tokens are dropped."""
     routed = []
     route = EPLBRouter.route
     monkeypatch.setattr(EPLBRouter, "route", lambda self, hidden, info=None: routed.append(1) or route(self, hidden, info))
@@ -276,29 +278,83 @@ def test_a_context_is_routed_once_for_two_stages_and_old_notes_go(llama, monkeyp
         mask = torch.cat([mask, mask[:, :1]], 1)
         read(llama, press, [(ids[:, :1], mask[:, :1])], cache, seen=mask[:, :-1])
     assert cache.lengths(0).max() <= 12
-    assert len(mixtures_of(cache)) <= 8
-    assert all(bool((note.positions >= 0).any()) for note in mixtures_of(cache))
+    assert len(stored_passes(cache)) <= 8
+    assert all(bool((note.positions >= 0).any()) for note in stored_passes(cache))
 
 
 def test_tokens_that_were_never_routed_weigh_experts_as_the_others_do(llama):
     press = calibrated_press(llama, "base", head_budgets=False)
     ids, mask = batch_of([30])
     cache = read(llama, NoCompressionPress(), [(ids, mask)])
-    ballots = []
-    score = RoutedVotesScorer.score
+    all_scored = []
+    score = RoutedScorer.score
 
     def spy(self, view):
         scores = score(self, view)
-        ballots.append(view.scratch[RoutedVotesScorer][-1])
+        all_scored.append(view.scratch[RoutedScorer][-1])
         return scores
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoutedVotesScorer, "score", spy)
+        patch.setattr(RoutedScorer, "score", spy)
         read(llama, press, [batch_of([20], seed=1)], cache, seen=mask)
-    for ballot in ballots:
-        routed = mixture_of(ballot.routings[0])[0]
-        torch.testing.assert_close(ballot.mixture[0, 0, 30:50], routed)
-        torch.testing.assert_close(ballot.mixture[0, 0, :30], routed.mean(0).expand(30, -1))
+    for scored in all_scored:
+        routed = expert_weights(scored.routings[0])[0]
+        torch.testing.assert_close(scored.weights[0, 0, 30:50], routed)
+        torch.testing.assert_close(scored.weights[0, 0, :30], routed.mean(0).expand(30, -1))
+
+
+@every_kind
+def test_state_beside_the_rows_takes_few_bytes_and_has_sequences_first(llama, kind):
+    """A position of 4 bytes, and of the two experts that a token goes to a number of 1 byte and a weight of 4."""
+    cache = read(llama, calibrated_press(llama, kind), [batch_of([40, 25])])
+    for layer in range(3):
+        (state,) = stored_passes(cache, layer)
+        tensors = [state.positions, state.experts, state.weights]
+        assert sum(tensor.nbytes for tensor in tensors) == state.positions.numel() * (4 + 2 * (1 + 4))
+        hits = [entry for entry in cache.state(layer).values() if isinstance(entry, Hits)]
+        assert len(hits) == (kind == "pikv")
+        tensors += [tensor for entry in hits for tensor in (entry.kept, entry.total)]
+        assert all(len(tensor) == 2 for tensor in tensors)
+        held = [{position for row in rows for position in row.tolist()} for rows in cache.positions(layer)]
+        assert [set(row.tolist()) - {-1} for row in state.positions] == held
+
+
+def test_weights_of_more_experts_than_a_byte_can_number(llama):
+    view = view_of(llama)
+    weights = torch.zeros(1, 50, 300)
+    experts = torch.randint(300, (1, 50, 1), generator=torch.Generator().manual_seed(0))
+    weights.scatter_(2, experts, 0.5)
+    store_weights(view, ("key",), weights, top_k=2)
+    assert is_stored(view, ("key",)) and not is_stored(view, ("other",))
+    loaded = torch.full((1, 50, 300), float("nan"))
+    load_weights(view, ("key",), loaded)
+    assert torch.equal(loaded, weights)
+
+
+@pytest.mark.parametrize("kind", ["eplb", "pikv", "adaptive"])
+def test_sequences_that_are_joined_and_picked_go_on_as_alone(llama, kind):
+    """One that was read in two turns, and one that was read in one, as one batch; then each of them by itself again."""
+    press = calibrated_press(llama, kind, head_budgets=False)
+    first = read(llama, press, [batch_of([40]), batch_of([20], seed=1)])
+    second = read(llama, press, [batch_of([25], seed=2)])
+    joined = PiKVCache.concat([first, second])
+    ids, mask = batch_of([30, 30], seed=3)
+    read(llama, press, [(ids, mask)], joined, seen=joined.attention_mask())
+    swapped = joined.select([1, 0])
+    further, ones = batch_of([20, 20], seed=4)
+    read(llama, press, [(further, ones)], swapped, seen=swapped.attention_mask())
+    for number, alone in enumerate((first, second)):
+        read(llama, press, [(ids[number : number + 1], mask[:1])], alone, seen=alone.attention_mask())
+        assert kept(joined, number) == kept(alone)
+        assert weights_are_equal(joined, alone, number)
+        own = (further[1 - number : 2 - number], ones[:1])
+        read(llama, press, [own], alone, seen=alone.attention_mask())
+        assert kept(swapped, 1 - number) == kept(alone)
+
+
+def weights_are_equal(cache, alone, number):
+    pairs = [(weights_of(cache, layer, number), weights_of(alone, layer, 0)) for layer in range(3)]
+    return all(one.keys() == two.keys() and all(torch.allclose(one[at], two[at]) for at in one) for one, two in pairs)
 
 
 def test_hits_are_counted_for_sequences_that_lost_tokens(llama):
@@ -328,39 +384,39 @@ def test_sinks_come_first_then_the_newest(llama, kind, calibrated):
 
 
 @every_kind
-def test_an_uncalibrated_panel_mixes_evenly(llama, kind):
+def test_an_uncalibrated_mixer_mixes_evenly(llama, kind):
     view = view_of(llama)
     experts = default_experts()
-    panels = {layer: VotePanel(create_moe_router(kind, 64), 4).eval() for layer in range(3)}
-    scores = RoutedVotesScorer(experts, panels, sink_size=0, recent_size=0).score(view)
-    expected = torch.stack([expert.votes(view) for expert in experts.values()]).mean(0)
+    mixers = {layer: ExpertMixer(create_moe_router(kind, 64), 4).eval() for layer in range(3)}
+    scores = RoutedScorer(experts, mixers, sink_size=0, recent_size=0).score(view)
+    expected = torch.stack([expert.rank_scores(view) for expert in experts.values()]).mean(0)
     torch.testing.assert_close(scores, expected)
-    (ballot,) = view.scratch.pop(RoutedVotesScorer)
-    assert ballot.experts == tuple(experts)
-    assert ballot.routings == []
-    assert bool((ballot.mixture == 0.25).all())
+    (scored,) = view.scratch.pop(RoutedScorer)
+    assert scored.experts == tuple(experts)
+    assert scored.routings == []
+    assert bool((scored.weights == 0.25).all())
 
 
 @every_kind
-def test_a_calibrated_panel_weighs_votes_by_the_hidden_states(llama, kind):
+def test_a_calibrated_mixer_weighs_scores_by_the_hidden_states(llama, kind):
     view, experts = view_of(llama), default_experts()
-    panels = random_calibration(llama).build(llama, kind, 2)
-    scores = RoutedVotesScorer(experts, panels, sink_size=0, recent_size=0).score(view)
+    mixers = random_calibration(llama).build(llama, kind, 2)
+    scores = RoutedScorer(experts, mixers, sink_size=0, recent_size=0).score(view)
     view.scratch.clear()
-    panel = panels[view.layer_idx]
-    routing = panel.router.route(view.hidden_states)
-    votes = [expert.votes(view) for expert in experts.values()]
+    mixer = mixers[view.layer_idx]
+    routing = mixer.router.route(view.hidden_states)
+    votes = [expert.rank_scores(view) for expert in experts.values()]
     expected = torch.zeros(1, 4, 50)
     for token in range(50):
         for choice in range(2):
             if routing.accepted[0, token, choice]:
                 expert = int(routing.experts[0, token, choice])
-                valued = panel.level[:, expert] + panel.trust[:, expert] * votes[expert][0, :, token]
-                expected[0, :, token] += routing.weights[0, token, choice] * valued
+                adjusted = mixer.bias[:, expert] + mixer.weight[:, expert] * votes[expert][0, :, token]
+                expected[0, :, token] += routing.weights[0, token, choice] * adjusted
     torch.testing.assert_close(scores, expected.detach(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(-1, 0), (0, -1)])
 def test_negative_ends(sizes):
     with pytest.raises(ValueError, match="sink_size and recent_size must be at least 0"):
-        RoutedVotesScorer(default_experts(), {}, *sizes)
+        RoutedScorer(default_experts(), {}, *sizes)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, zero_linear
+from pikv.routing.factory import register_router
 
 MODALITIES = ("image", "genomic", "clinical", "biospecimen", "text", "audio")
 
 
+@register_router("flex", is_press=False)
 class FlexRouter(MoERouter):
     """Adds to the logits what each of ``modalities`` says about a token.
 
