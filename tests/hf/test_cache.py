@@ -10,7 +10,7 @@ from pikv import PiKVCache
 from pikv.cache.formats.dense import first_capacity
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
-from pikv.hf.attention import Observer, add_observer, remove_observer
+from pikv.hf.hooks import observe
 from pikv.presses import KnormPress, NoCompressionPress, SnapKVPress
 from tiny import batch_of, build
 
@@ -154,12 +154,10 @@ def test_notes_live_as_long_as_the_tokens_they_are_about(llama):
     cache = PiKVCache(llama.config)
     layer = cache.layers[1]
     given = []
-    observer = Observer(notify=lambda call: given.append(call.state), inputs_of=lambda module: (torch.zeros(1), {}))
-    add_observer(llama.model.layers[1].self_attn, observer)
-    llama(batch_of([20])[0], past_key_values=cache)
-    remove_observer(llama.model.layers[1].self_attn, observer)
-    assert given == [{}]
-    assert given[0] is layer.state
+    with observe(llama, after_attention=lambda call: given.append(call.state)):
+        llama(batch_of([20])[0], past_key_values=cache)
+    assert given == [{}, {}, {}]
+    assert given[1] is layer.state
     note = RowState(seen=[20])
     layer.state["owner"] = note
     cache.crop(20)

@@ -8,7 +8,7 @@ from cases import every_press
 from transformers import DynamicCache, GenerationConfig
 
 from pikv import PiKVCache
-from pikv.hf.attention import _observers
+from pikv.hf.sessions import _blocks, _passes
 from pikv.presses import (
     BasePress,
     ComposedPress,
@@ -45,7 +45,7 @@ def test_everything_is_undone_even_after_an_error(llama, press):
     assert hooks_inside[0] > 0
     assert hooks_of(llama) == 0
     assert "generate" not in vars(llama)
-    assert not any(_observers.values())
+    assert _blocks.get() == _passes.get() == ()
 
 
 @pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
@@ -148,8 +148,8 @@ def test_assisted_generation_is_refused(llama):
     ids, _ = batch_of([20])
     with KnormPress(0.5)(llama), pytest.raises(ValueError, match="assisted generation"):
         llama.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
-    with KnormPress(0.5)(llama), pytest.raises(ValueError, match="beam search"):
-        llama.generate(ids, GenerationConfig(num_beams=2, max_new_tokens=2))
+    with KnormPress(0.5)(llama), pytest.raises(ValueError, match="assisted generation"):
+        llama.generate(ids, GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=4))
 
 
 def test_sampling_several_sequences(llama):
@@ -210,17 +210,6 @@ def test_a_press_of_ones_own(llama):
             return [torch.arange(0, length, 2) for length in lengths]
 
     assert kept_after(llama, EveryOther()) == [list(range(0, 40, 2))] * 12
-
-
-def test_beam_search_is_refused_before_anything_is_computed(llama):
-    ids, _ = batch_of([20])
-    calls = []
-    llama.register_forward_pre_hook(lambda *args: calls.append(args))
-    with KnormPress(0.5)(llama), pytest.raises(ValueError, match="beam search"):
-        llama.generate(ids, num_beams=2, max_new_tokens=2)
-    with pytest.raises(ValueError, match="beam search"):
-        llama.generate(ids, num_beams=2, max_new_tokens=2, past_key_values=PiKVCache(llama.config))
-    assert len(calls) <= 1
 
 
 def test_a_ratio_that_keeps_no_token_is_refused(llama):

@@ -1,16 +1,19 @@
 """The attention and mask functions that transformers calls. The only file that touches its attention registries.
 
-``attach`` points a model's configuration at our functions. They act on ragged rows only: every other cache, and a forward
-pass without one, goes to the implementation that the model had before.
+``attach`` points a model's configuration at our functions for as long as something needs them. They act on ragged rows only:
+every other cache, and a forward pass without one, goes to the implementation that the model had before.
 """
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from __future__ import annotations
 
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -21,53 +24,101 @@ from pikv.attention.eager import attend_eagerly
 from pikv.attention.params import AttentionParams
 from pikv.cache.attend import attend_rows
 from pikv.core import AttentionCall
+from pikv.hf.sessions import current_pass, is_followed, is_in_block
 
 PREFIX = "pikv_"
 # What changes the result of attention and is not understood here; None or False means that it is not in use.
 _UNSUPPORTED = ("position_bias", "head_mask")
 # Implementations that leave soft-capping and sinks out; some releases of transformers say so, others don't.
 _PLAIN_ONLY = ("sdpa",)
+_UNFOLLOWED = (
+    "a press is applied to this model, but the forward pass went around PiKV's hooks, as a part that was compiled on its own "
+    "does; compile the whole model, or none of it"
+)
+_WITHOUT_PRESS = (
+    "this cache carries a press, and this model is not the one that it was used with first, or its decoder was called before "
+    "the language model was: call the language model with a new cache"
+)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Observer:
-    """Is told after every attention of a module over ragged rows; ``wants_logsumexp`` has it looked for in prefills.
+class _Name(str):
+    """Our name of an implementation; copies and pickles of a configuration get the one that it had before."""
 
-    ``inputs_of`` gives the hidden states and further arguments that the module was called with.
+    original: str | None
+
+    def __new__(cls, previous: str, original: str | None) -> _Name:
+        name = super().__new__(cls, PREFIX + previous)
+        name.original = original
+        return name
+
+    def __reduce__(self) -> Any:
+        return (str, (self.original,)) if self.original is not None else (type(None), ())
+
+
+class _Attachment:
+    """How many need the attention of the model with one configuration to go through PiKV."""
+
+    def __init__(self, config: Any) -> None:
+        key = id(config)
+        self.config = weakref.ref(config, lambda gone: _attachments.pop(key, None))
+        self.num_holders = 0
+
+    def release(self) -> None:
+        with _lock:
+            self.num_holders -= 1
+            config = self.config()
+            if config is None or self.num_holders:
+                return
+            current = config._attn_implementation
+            if current and current.startswith(PREFIX):
+                config._attn_implementation = getattr(current, "original", current.removeprefix(PREFIX))
+
+
+_attachments: dict[int, _Attachment] = {}  # by id: configurations cannot be hashed
+_lock = threading.RLock()  # a holder may be collected at any moment, also while its own thread attaches another one
+
+
+def attach(config: Any, holder: Any) -> Callable[[], Any]:
+    """Directs the attention of the model with this configuration through PiKV for as long as ``holder`` lives.
+
+    Then, or when the function that is returned was called, and when nothing else holds on to it, the model has its own
+    implementation back.
     """
-
-    notify: Callable[[AttentionCall], None]
-    inputs_of: Callable[[nn.Module], tuple[Tensor, Mapping[str, Any]]]
-    wants_logsumexp: bool = False
-
-
-_observers: WeakKeyDictionary[nn.Module, list[Observer]] = WeakKeyDictionary()
-
-
-def add_observer(module: nn.Module, observer: Observer) -> None:
-    """Adds an observer of an attention module; the one that was added last hides the others."""
-    _observers.setdefault(module, []).append(observer)
-
-
-def is_innermost(module: nn.Module, observer: Observer) -> bool:
-    """Whether this observer is the one that is told."""
-    return _observers[module][-1] is observer
+    with _lock:
+        attachment = _attachments.get(id(config))
+        if attachment is None:
+            attachment = _attachments[id(config)] = _Attachment(config)
+        attachment.num_holders += 1  # before the name is set: collecting another holder must not take it off again
+        current = config._attn_implementation
+        if not isinstance(current, _Name):
+            previous = (current or "eager").removeprefix(PREFIX)  # another process may have left our name in a file
+            _register(previous)
+            config._attn_implementation = _Name(previous, current and previous)
+        finalizer = weakref.finalize(holder, attachment.release)
+        finalizer.atexit = False
+        return finalizer
 
 
-def remove_observer(module: nn.Module, observer: Observer) -> None:
-    _observers[module].remove(observer)
-
-
-def attach(config: Any) -> None:
-    """Directs the attention of the model with this configuration through PiKV; does nothing the second time."""
-    previous = config._attn_implementation or "eager"
-    if previous.startswith(PREFIX):
-        return
+def _register(previous: str) -> None:
     name = PREFIX + previous
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _attention_function(previous))
-        AttentionMaskInterface.register(name, _mask_function(previous))
-    config._attn_implementation = name
+        # Compiled code leaves its graph for them: they read a cache's rows, and who follows the forward pass.
+        AttentionInterface.register(name, torch.compiler.disable(_attention_function(previous)))
+        AttentionMaskInterface.register(name, torch.compiler.disable(_mask_function(previous)))
+
+
+class _NoGradients(torch.autograd.Function):
+    """Hands attention over stored rows on, and raises when gradients come back: rows hold no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "gradients do not flow through what a PiKVCache holds; read everything in one forward pass, or use a DynamicCache"
+        )
 
 
 def _attention_function(previous: str) -> Callable[..., Any]:
@@ -83,6 +134,9 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         def hand_on() -> Any:
             return _implementation(previous, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+        forward_pass = current_pass(module)
+        if forward_pass is None and is_in_block(module):
+            raise RuntimeError(_UNFOLLOWED)
         layer = _layer_of(key)
         if layer is None:
             return hand_on()
@@ -98,18 +152,21 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         if _layer_of(value) is not layer:
             raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
         _check_arguments(module, layer.columns, kwargs)
-        observers = _observers.get(module)
-        observer = observers[-1] if observers else None
-        capture = CaptureLogSumExp() if observer and observer.wants_logsumexp else None
+        listener = forward_pass.follower if forward_pass else None
+        capture = CaptureLogSumExp() if listener and listener.wants_logsumexp else None
         weights = None
+        if not layer.forward_pass.is_first:
+            _check_outputs(previous, kwargs)
         if layer.forward_pass.is_first and can_hand_on:
             with capture or nullcontext():
                 output, weights = hand_on()
         else:
             output = _by_token(attend_rows(query, layer.rows, params, layer.mask))
-        if observer:
-            hidden_states, arguments = observer.inputs_of(module)
-            observer.notify(
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+                output = _NoGradients.apply(output, query, key, value)
+        if forward_pass and listener:
+            hidden_states, arguments = forward_pass.take_inputs(module)
+            forward_pass.tell(
                 AttentionCall(
                     module=module,
                     layer_idx=module.layer_idx,  # type: ignore[arg-type]
@@ -154,6 +211,14 @@ def _check_arguments(module: nn.Module, num_columns: int, kwargs: dict[str, Any]
         raise ValueError(f"{num_columns} tokens are more than the model is made for: its window of {window} begins to slide")
 
 
+def _check_outputs(previous: str, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where a caller waits for attention weights: rows of different lengths have no matrix of them."""
+    collected = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    wanted = kwargs.get("output_attentions") or "attentions" in ((collected and collected.get()) or ())
+    if previous == "eager" and wanted:  # others leave them out everywhere
+        raise ValueError("output_attentions=True gives weights for the first forward pass on a PiKVCache only")
+
+
 def _by_token(attended: Tensor) -> Tensor:
     """``[B, H, T, D]`` as transformers expects it, ``[B, T, H, D]``."""
     return attended.transpose(1, 2).contiguous()
@@ -163,8 +228,11 @@ def _mask_function(previous: str) -> Callable[..., Any]:
     def pikv_mask(**kwargs: Any) -> Any:
         forward_pass = getattr(kwargs["kv_length"], "forward_pass", None)
         if forward_pass is not None:
+            if forward_pass.has_press and not is_followed(forward_pass):
+                raise RuntimeError(_WITHOUT_PRESS)
             forward_pass.begin(kwargs.get("attention_mask"))
             if not forward_pass.is_first:
+                _check_outputs(previous, kwargs)
                 return None  # rows know their own order; a [T, seen] mask would only cost memory
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
 
@@ -178,6 +246,12 @@ def looks_into_registry(module: nn.Module) -> bool:
 
 def _implementation(name: str, module: nn.Module) -> Any:
     """The function of this name, or for "eager" the one of the file that defines the module."""
+    if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+        return _upcast  # GPT-2 looks for the name "eager" itself
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _upcast(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    return module._upcast_and_reordered_attn(query, key, value, attention_mask)

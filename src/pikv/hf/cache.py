@@ -34,14 +34,23 @@ class CacheMark:
 class PiKVCache(Cache):
     """A transformers cache in which every KV head of every sequence has its own length.
 
-    Pass it as ``past_key_values``. Making one directs the model's attention through PiKV's attention function, which leaves
-    every other cache to the implementation that the model had before.
+    Pass it as ``past_key_values``. As long as it lives, the model's attention goes through PiKV's attention function, which
+    leaves every other cache to the implementation that the model had before.
+
+    With a ``press`` it is compressed by that press, in any thread and without a ``with`` block, and by no other one.
 
     Raises:
         ValueError: if the architecture is not supported.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, press: Any = None) -> None:
+        if press is not None and not hasattr(press, "carried_by"):
+            raise ValueError(f"press must be a press, such as SnapKVPress(0.5), not {press!r}")
+        self._build(config)
+        self.press = press
+        self._arrive()
+
+    def _build(self, config: Any) -> None:
         config = config.get_text_config(decoder=True)
         self.config = config
         self.ragged_layers = ragged_layers(config)
@@ -53,7 +62,14 @@ class PiKVCache(Cache):
         layers = [self._new_layer(index) for index in range(config.num_hidden_layers)]
         self.forward_pass.layers = layers
         super().__init__(layers=layers)
-        attach(config)
+        self.press = None
+
+    def _arrive(self) -> None:
+        """Directs the model's attention here, and the press that the cache carries."""
+        attach(self.config, self)
+        if self.press is not None:
+            self.forward_pass.has_press = True
+            self.press.carried_by(self)
 
     def _new_layer(self, index: int) -> PiKVLayer | SlidingLayer:
         if index in self.ragged_layers:
@@ -90,7 +106,8 @@ class PiKVCache(Cache):
             ValueError: if the file cannot be read, is damaged or no saved cache, or was made for another model.
         """
         saved = read_layers(path, config)
-        cache = cls(config)
+        cache = cls.__new__(cls)
+        cache._build(config)
         if len(saved) != len(cache.layers):
             raise ValueError(f"cannot read {path}: {len(saved)} layers were saved, the model has {len(cache.layers)}")
         try:
@@ -99,6 +116,7 @@ class PiKVCache(Cache):
             cache._check_layers()
         except ValueError as error:
             raise ValueError(f"cannot read {path}: {error}") from error
+        cache._arrive()
         return cache
 
     def _check_layers(self) -> None:
@@ -243,6 +261,8 @@ class PiKVCache(Cache):
         for cache in caches:
             cache._batch_size()
             check_same_model(model_signature(cache.config), model_signature(first.config))
+            if cache.press is not first.press:
+                raise ValueError("the caches carry different presses")
             rows, other = (each.rows(each.ragged_layers[0]) for each in (first, cache))
             if (rows.dtype, rows.device) != (other.dtype, other.device):
                 raise ValueError(f"one cache holds {rows.dtype} on {rows.device}, another {other.dtype} on {other.device}")
@@ -297,7 +317,7 @@ class PiKVCache(Cache):
         return int(rows.batch_size)
 
     def _empty(self) -> "PiKVCache":
-        return PiKVCache(self.config)
+        return PiKVCache(self.config, self.press)
 
     def _copy_of(self, sequences: Sequence[int]) -> "PiKVCache":
         copied = self._empty()
@@ -307,14 +327,15 @@ class PiKVCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
         memo[id(self.config)] = self.config  # the model's own, by which the model is known
+        memo[id(self.press)] = self.press
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        copied.__setstate__({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        attach(self.config)
+        self._arrive()
 
     @property
     def reserved_nbytes(self) -> int:

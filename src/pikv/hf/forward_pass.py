@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pikv.cache.tokens import TokenMask
@@ -19,6 +20,7 @@ class ForwardPass:
         num_new: columns of the input, padding included
         columns: seen before, padding included
         mask: where the input holds tokens; None: everywhere
+        has_press: whether the cache carries one, and no pass may go around it
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,7 @@ class ForwardPass:
         self.num_new = 0
         self.columns = 0
         self.mask: TokenMask | None = None
+        self.has_press = False
         self._num_finished = 0
 
     @property
@@ -43,6 +46,8 @@ class ForwardPass:
 
     def expect(self, num_new: int, columns: int) -> None:
         """Notes that a forward pass of ``num_new`` columns is about to begin, after ``columns`` that a layer has seen."""
+        if torch.compiler.is_compiling():  # torch then runs the model's forward eagerly, unless it was to be one whole graph
+            raise RuntimeError("compiled code cannot follow a PiKVCache: let torch.compile break its graph here")
         self.num_new = num_new
         self.columns = columns
         self._num_finished = 0

@@ -5,12 +5,16 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from pikv.core import Kept, LayerView
-from pikv.presses.session import apply
+from pikv.hf.cache import PiKVCache
+from pikv.presses.session import accompany, apply
 from pikv.presses.stage import FreeStage, Stage, StageSource
 
 
 class BasePress(StageSource):
-    """Compresses the cache of a model for the time of a ``with`` block.
+    """Compresses the cache of a model for the time of a ``with`` block, or a cache for as long as it lives.
+
+    A block holds for the thread (context) that entered it: other threads on the same model go their own ways, and those that
+    are started inside do not take part, unless they run in ``contextvars.copy_context()`` or on a cache that carries its press.
 
     A press holds settings and statistics only. What belongs to a model is made by ``bind`` when the press is applied, so one
     press used on two models, or twice, gives the same answer. Of nested blocks the innermost acts.
@@ -34,6 +38,10 @@ class BasePress(StageSource):
                 be kept, and for caches that are neither a PiKVCache nor empty.
         """
         return apply(self, model)
+
+    def carried_by(self, cache: PiKVCache) -> None:
+        """Compresses ``cache`` for as long as it lives, see ``PiKVCache(config, press=...)``."""
+        accompany(self, cache)
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""

@@ -42,6 +42,8 @@ def prefill(
         raise ValueError(f"chunk_size must be at least 2 (single tokens are not compressed), not {chunk_size}")
     if not isinstance(cache, PiKVCache):
         raise ValueError(f"prefill needs a PiKVCache, not a {type(cache).__name__}")
+    if press is not None and cache.press is not None and cache.press is not press:
+        raise ValueError(f"this cache carries a press of its own, {cache.press!r}; leave the other one out")
     _check_mask(attention_mask, input_ids, cache)
     read = _reader(model, input_ids, cache, attention_mask)
     with (press or NoCompressionPress())(model):

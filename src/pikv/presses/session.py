@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ from pikv.budget.select import values_of
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.core import AttentionCall, LayerView, Needs, plain_arithmetic
-from pikv.hf.hooks import ForwardInputs, observe
+from pikv.hf.cache import PiKVCache
+from pikv.hf.first_use import when_called
+from pikv.hf.hooks import carry, follow, uncompiled
 from pikv.hf.reread import check_room, read_again
+from pikv.hf.sessions import ForwardInputs, Opener
 from pikv.hf.support import check_supported, ragged_layers
 from pikv.presses.stage import Stage, StageSource
 from pikv.presses.stats import LastLength, StatsRecorder
@@ -24,21 +29,40 @@ from pikv.scoring.token_state import TokenState
 
 @contextmanager
 def apply(press: StageSource, model: Any) -> Iterator[None]:
-    """Lets ``press`` compress the caches of ``model`` until the block ends."""
-    check_supported(model)  # before a press looks at the model in its own way
-    session = Session(press, model, press.bind(model))
-    with observe(
-        model,
-        before_forward=session.before_forward,
-        after_attention=session.after_attention,
-        after_forward=session.after_forward,
-        wants_logsumexp=session.needs.logsumexp,
-    ):
+    """Lets ``press`` compress the caches of ``model`` that the context fills which entered the block, until it ends."""
+    with follow(model, opener_of(press, uncompiled(model))):
         yield
 
 
+def accompany(press: StageSource, cache: PiKVCache) -> None:
+    """Lets ``press`` compress ``cache``, whichever model of its configuration it is used with, for as long as it lives.
+
+    The press is bound to the model at first use.
+    """
+
+    def found(model: Any) -> None:
+        if held := reference():
+            carry(model, held, arrived)
+
+    def arrived(model: Any) -> Opener:
+        stop_waiting()
+        return opener_of(press, model)
+
+    reference = ref(cache)  # what waits for the cache's model must not keep the cache
+    stop_waiting = when_called(cache, cache.config, found)
+
+
+def opener_of(press: StageSource, model: Any) -> Opener:
+    """Binds ``press`` to ``model``; returns what makes a session for a forward pass."""
+    check_supported(model)  # before a press looks at the model in its own way
+    return Session(press, model, press.bind(model)).begin
+
+
 class Session:
-    """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass."""
+    """The stages of a press, asked layer by layer; or, where one wants the context read again, after the forward pass.
+
+    Each forward pass has a session of its own: several threads may take part in one block.
+    """
 
     def __init__(self, press: StageSource, model: Any, stages: Sequence[Stage]) -> None:
         self.press = press
@@ -50,16 +74,23 @@ class Session:
         for stage in stages:
             self.needs |= stage.needs
         self.reread = self.needs.reread
+        self.wants_logsumexp = self.needs.logsumexp
         self.waits = False  # with all decisions, for a second reading
         self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
         self.inputs: ForwardInputs | None = None
 
+    def begin(self, inputs: ForwardInputs) -> Session:
+        """The session of a forward pass that is about to begin."""
+        session = copy(self)
+        session.waiting = {}
+        session.before_forward(inputs)
+        return session
+
     def before_forward(self, inputs: ForwardInputs) -> None:
         """Checks that what is to be done can be done, before anything is computed."""
         self.inputs = inputs
         self.scratch = {stage: {} for stage in self.stages}
-        self.waiting.clear()
         num_tokens = num_seen = inputs.cache.get_seq_length() + inputs.num_new
         for stage in self.stages:
             if stage.trigger.should_act(inputs.num_new, 0):
@@ -148,7 +179,7 @@ class Session:
         for press in stage.presses:
             press.record(layer, 0, num_evicted)
             held = state[LastLength, press]
-            state[LastLength, press] = LastLength(seen=held.seen, num_tokens=rows.lengths.sum(1))
+            state[LastLength, press] = LastLength(seen=held.seen, num_tokens=rows.lengths.sum(1).tolist())
 
     def _view(
         self, stage: Stage, call: AttentionCall, num_given: Tensor, reread: Tensor | None, *, is_first: bool

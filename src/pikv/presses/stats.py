@@ -1,10 +1,9 @@
 """What presses did, in numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
-
-from torch import Tensor
 
 from pikv.cache.row_state import RowState
 from pikv.core import AttentionCall
@@ -14,7 +13,16 @@ from pikv.core import AttentionCall
 class LastLength(RowState):
     """How many tokens the rows of each sequence, ``[B]``, held after a press's last action: more was given to it since."""
 
-    num_tokens: Tensor
+    num_tokens: list[int]
+
+    def select(self, sequences: Sequence[int]) -> "LastLength":
+        return replace(super().select(sequences), num_tokens=[self.num_tokens[sequence] for sequence in sequences])
+
+    @classmethod
+    def concat(cls, states: Sequence["LastLength | None"], batch_sizes: Sequence[int]) -> "LastLength":
+        held = [[0] * size if state is None else state.num_tokens for state, size in zip(states, batch_sizes, strict=True)]
+        seen = [[0] * size if state is None else state.seen for state, size in zip(states, batch_sizes, strict=True)]
+        return cls(list(chain(*seen)), list(chain(*held)))
 
 
 @dataclass
@@ -78,7 +86,7 @@ class StatsRecorder:
         num_evicted = num_before - int(self.call.rows.lengths.sum())
         for press in presses:
             held = self.call.state.get((LastLength, press))
-            num_held = int(held.num_tokens.sum()) if isinstance(held, LastLength) else 0
+            num_held = sum(held.num_tokens) if isinstance(held, LastLength) else 0
             # Of several stages of one press, the first one is given what came since the press last acted.
             num_given = 0 if press in self.entered else num_before - num_held
             press.record(self.call.layer_idx, num_given, num_evicted)
@@ -88,4 +96,4 @@ class StatsRecorder:
         """Notes what the rows hold now, to tell later what came since."""
         rows = self.call.rows
         for press in self.entered:
-            self.call.state[LastLength, press] = LastLength(seen=self.call.seen, num_tokens=rows.lengths.sum(1))
+            self.call.state[LastLength, press] = LastLength(seen=self.call.seen, num_tokens=rows.lengths.sum(1).tolist())
