@@ -65,14 +65,24 @@ def test_methods_and_help(tmp_path):
         (["--device", "abacus"], "cannot use device 'abacus'"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(refused, tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("")
-    done = pikv("compare", *FAST, "--out", "results", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
-    assert line.startswith("error: ")
-    assert message in line
+    assert message in refused("compare", *FAST, "--out", "results", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_press_in_a_file_of_ones_own_beside_snapkv(tmp_path):
+    (tmp_path / "my_press.py").write_text(
+        "from pikv.scoring.base import Scorer\n\n\n"
+        'class NewestPress(Scorer):\n    """Keeps the newest tokens."""\n\n'
+        "    def score(self, view):\n        return view.kept.positions.float()\n"
+    )
+    methods = "none,my_press.py:NewestPress:0.75,snapkv:0.75"
+    done = pikv("compare", *FAST, "--methods", methods, "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((tmp_path / "results" / "results.json").read_text())["quality"]
+    assert [each["method"] for each in quality] == methods.split(",")
+    assert quality[1]["kept"] == [[0.25] * 4] * 4
 
 
 @pytest.mark.parametrize(

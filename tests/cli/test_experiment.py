@@ -23,23 +23,6 @@ def test_a_study_in_a_process_of_its_own(tmp_path):
     assert names == ["report.html", "results.csv", "results.json", "summary.csv"]
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Runs the command here, and returns the one line that it ends with."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pikv", "experiment", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note:")]
-        return line
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,14 +39,14 @@ def refused(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(refused, tmp_path, arguments, message):
-    assert message in refused(*arguments, "--out", "results")
+    assert message in refused("experiment", *arguments, "--out", "results")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_results_are_never_overwritten(refused, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "old").write_text("mine")
-    assert "results are never overwritten" in refused("experts", *FAST, "--out", "results")
+    assert "results are never overwritten" in refused("experiment", "experts", *FAST, "--out", "results")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["old"]
 
 
