@@ -34,7 +34,7 @@ def experiment_command(
     passes: Annotated[int, typer.Option(help="Times to read each batch; the fastest counts.")] = 3,
     num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
     top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
-    capacity_factor: Annotated[float, typer.Option(help="Room of an expert, over its even share of the tokens.")] = 1.5,
+    capacity_factor: Annotated[float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")] = 1.5,
     cache_aware: Annotated[bool, typer.Option(help="Let the pikv router prefer experts whose tokens were read.")] = True,
     own_amounts: Annotated[
         bool, typer.Option("--own-amounts", help="Let each expert of 'experts' keep its own amount, not the same.")

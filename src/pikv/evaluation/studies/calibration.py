@@ -69,8 +69,8 @@ def _reference_presses(data: Data, settings: RouterSettings, progress: ProgressB
     for ratio in RATIOS:
         builders[f"no balance loss, router {PLAIN}:{ratio:g}"] = partial(_routed, PLAIN, ratio, calibration=unbalanced)
         if learned is not None:
-            builders[f"votes silenced, router {PLAIN}:{ratio:g}"] = partial(
-                _routed, PLAIN, ratio, calibration=_silenced(learned)
+            builders[f"without expert scores, router {PLAIN}:{ratio:g}"] = partial(
+                _routed, PLAIN, ratio, calibration=_without_expert_scores(learned)
             )
         references: list[tuple[str, Scorer | None]] = [("linear probe", probe), ("what is really read", future)]
         for name, scorer in references:
@@ -80,8 +80,8 @@ def _reference_presses(data: Data, settings: RouterSettings, progress: ProgressB
     return builders
 
 
-def _silenced(learned: Calibration) -> Calibration:
-    """The same, but what experts vote for counts nothing, and only where a token was sent to."""
+def _without_expert_scores(learned: Calibration) -> Calibration:
+    """The same, but the scores of experts count nothing, and only where a token was sent to."""
     mixers = {
         kind: [{name: 0 * weights if name == "weight" else weights for name, weights in mixer.items()} for mixer in layers]
         for kind, layers in learned.mixers.items()
