@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pikv import PiKVCache
-from pikv.experiments.environment import environment
+from pikv.evaluation.environment import environment
 
 
 def build_model(max_positions: int) -> LlamaForCausalLM:

@@ -26,7 +26,7 @@ STREAMING_TOKENS = 20
 
 def hold(name: str, length: int, batch: int) -> None:
     """Runs in a process of its own; prints what it holds as one line of JSON."""
-    from pikv.experiments.memory import release, resident
+    from pikv.evaluation.memory import release, resident
 
     model = build_model(length + 64)
     counts = [max(STREAMING_TOKENS, int(share * length)) for share in METHODS[name]]

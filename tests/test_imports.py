@@ -25,8 +25,7 @@ FOLDERS = [
     "calibration",
     "presses",
     "models",
-    "experiments",
-    "report",
+    "evaluation",
     "cli",
 ]
 

@@ -1,18 +1,27 @@
 """The command as users run it: a process, its exit status, its last line, its files."""
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from pikv.models.demo.tokenizer import build_tokenizer
+from tiny import build
 
 FAST = "--context-length 256 --long-context-length 512 --num-contexts 1 --num-records 8 --num-questions 4".split()
 FAST += "--num-new-tokens 4 --repeats 1".split()
 
 
+def command(*arguments):
+    return [str(Path(sys.executable).with_name("pikv")), *map(str, arguments)]
+
+
 def pikv(*arguments, cwd):
-    command = [str(Path(sys.executable).with_name("pikv")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_compare(tmp_path):
@@ -40,6 +49,15 @@ def test_methods_and_help(tmp_path):
         (["--methods", "snapvk:0.5"], "unknown press 'snapvk'; did you mean 'snapkv'?"),
         (["--methods", "duo:1.0"], "must be at least 0 and less than 1"),
         (["--methods", "knorm:0.9999"], "would keep no token"),
+        (["--methods", ""], "no methods are named in ''"),
+        (["--methods", ",,,"], "no methods are named in ',,,'"),
+        (["--methods"], "--methods"),
+        (["--metods", "duo:0.5"], "No such option: --metods"),
+        (["--repeats", "many"], "Invalid value for '--repeats'"),
+        (["--num-experts", "4", "--methods", "duo:0.5"], "none of the methods has a router"),
+        (["--task", "retreival"], "unknown task 'retreival'; did you mean 'retrieval'?"),
+        (["--attn-implementation", "nothing"], "cannot use attention implementation 'nothing'"),
+        (["--device", "meta"], "cannot use device 'meta'"),
         (["--model", "./nowhere"], "cannot"),
         (["--context", "missing.txt"], "cannot read the context missing.txt"),
         (["--context", "empty.txt"], "the context is empty"),
@@ -47,11 +65,75 @@ def test_methods_and_help(tmp_path):
         (["--device", "abacus"], "cannot use device 'abacus'"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(refused, tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("")
-    done = pikv("compare", *FAST, *arguments, "--out", "results", cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
-    assert line.startswith("error: ")
-    assert message in line
+    assert message in refused("compare", *FAST, "--out", "results", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_press_in_a_file_of_ones_own_beside_snapkv(tmp_path):
+    (tmp_path / "my_press.py").write_text(
+        "from pikv.scoring.base import Scorer\n\n\n"
+        'class NewestPress(Scorer):\n    """Keeps the newest tokens."""\n\n'
+        "    def score(self, view):\n        return view.kept.positions.float()\n"
+    )
+    methods = "none,my_press.py:NewestPress:0.75,snapkv:0.75"
+    done = pikv("compare", *FAST, "--methods", methods, "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((tmp_path / "results" / "results.json").read_text())["quality"]
+    assert [each["method"] for each in quality] == methods.split(",")
+    assert quality[1]["kept"] == [[0.25] * 4] * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "positions"), [("gpt2", "n_positions", 1024), ("opt", "max_position_embeddings", 2048)]
+)
+def test_a_model_with_few_positions_needs_no_options(tmp_path, family, name, positions):
+    build(family, vocab_size=512, **{name: positions}).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    few = ["--num-contexts", "1", "--num-questions", "1", "--repeats", "1", "--methods", "eplb:0.5", "--num-experts", "2"]
+    done = pikv("compare", "--model", "model", *few, "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "results" / "results.json").read_text())["config"]
+    assert (config["context_length"], config["long_context_length"]) == (min(1024, positions - 48), positions - 48)
+    assert "note: The full cache itself answers only 0% of the questions" in done.stdout
+    warned = [line.removeprefix("note: ") for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert any("not calibrated" in line for line in warned)
+    assert all(line in (tmp_path / "results" / "report.html").read_text().replace("&#39;", "'") for line in warned)
+
+
+def test_what_cannot_be_printed_is_saved(tmp_path):
+    arguments = command("compare", *FAST, "--methods", "streaming:0.5", "--out", "results")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: cannot print: No space left on device; the results are in results"
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["report.html", "results.csv", "results.json"]
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    arguments = command("compare", *FAST, "--methods", "streaming:0.5", "--out", "results")
+    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    running.stdout.close()
+    said = running.stderr.read()
+    assert running.wait() == 1
+    assert said.splitlines()[-1] == "error: cannot print: Broken pipe; the results are in results"
+    assert (tmp_path / "results" / "results.json").is_file()
+
+
+def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path):
+    running = subprocess.Popen(
+        command("compare", "--out", "results", "--num-contexts", "500"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+    )
+    time.sleep(6)  # it measures by now, for many minutes
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from pikv.experiments.methods import Method
-from pikv.experiments.quality import QualityRun, measure_quality
+from pikv.evaluation.answers import QuestionSet, measure_quality
+from pikv.evaluation.methods import Method
+from pikv.evaluation.tasks.base import TaskSettings
+from pikv.evaluation.tasks.retrieval import RetrievalTask
 from pikv.models.demo import WEIGHTS
 from pikv.models.demo.tokenizer import build_tokenizer
 from pikv.models.demo.train import build_model, build_sibling
-from pikv.tasks.contexts import retrieval_samples
 
 
 def accuracy(demo, num_tokens, num_records, spec="none"):
     model, tokenizer = demo
-    samples = retrieval_samples(
-        tokenizer, num_tokens=num_tokens, num_samples=4, num_records=num_records, num_questions=24, seed=123
-    )
-    run = QualityRun(model=model, tokenizer=tokenizer, samples=samples, num_tokens=num_tokens, question_aware=False)
-    return measure_quality(run, Method(spec), {}, lambda: None).accuracy
+    task = RetrievalTask(TaskSettings(num_records=num_records, num_questions=24))
+    samples = task.samples(tokenizer, num_tokens=num_tokens, num_samples=4, seed=123)
+    asked = QuestionSet(model=model, tokenizer=tokenizer, task=task, samples=samples, num_tokens=num_tokens)
+    return measure_quality(asked, Method(spec), {}, lambda: None).accuracy
 
 
 @pytest.mark.parametrize(("num_tokens", "num_records"), [(1024, 40), (2048, 80)])

@@ -9,7 +9,7 @@ import torch
 from calibrated import RandomlyCalibrated, random_calibration
 from pikv import PiKVCache, get_press
 from pikv.core import LayerView
-from pikv.experiments.run import continue_greedily, forward
+from pikv.evaluation.reading import continue_greedily, forward
 from pikv.hf.hooks import observe
 from pikv.presses import (
     AdaKVPress,

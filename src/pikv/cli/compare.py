@@ -1,15 +1,16 @@
 """``pikv compare``: methods side by side."""
 
 import os
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from pikv.cli.progress import progress_bars
-from pikv.experiments.defaults import DEFAULT_METHODS
+from pikv.cli import notes
+from pikv.cli.progress import busy, progress_bars
+from pikv.cli.results import publish
+from pikv.evaluation.defaults import DEFAULT_METHODS, DEFAULT_TASK
 
 
 def compare_command(
@@ -17,10 +18,22 @@ def compare_command(
     methods: Annotated[
         str, typer.Option(help="Presses with ratios, comma-separated, or all:RATIO; 'none', the full cache, is always there.")
     ] = DEFAULT_METHODS,
-    context_length: Annotated[int, typer.Option(help="Tokens of the contexts that quality is measured on.")] = 1024,
-    long_context_length: Annotated[int, typer.Option(help="Tokens of the longest context for time and memory.")] = 16_384,
-    context: Annotated[Path | None, typer.Option(help="A text file to use instead of synthetic contexts.")] = None,
-    question: Annotated[str | None, typer.Option(help="A question about your own context.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Retention experts that routers choose among. (default: the press's own)")
+    ] = None,
+    task: Annotated[str, typer.Option(help="What quality is measured on.")] = DEFAULT_TASK,
+    context_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the contexts that quality is measured on. (default: 1024, or what fits the model)"),
+    ] = None,
+    long_context_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest context for time and memory. (default: 16384, or what fits the model)"),
+    ] = None,
+    context: Annotated[Path | None, typer.Option(help="A text file to use instead of the task's contexts.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="A question about your own context, may be repeated. (default: continue it)")
+    ] = None,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")
     ] = False,
@@ -32,13 +45,16 @@ def compare_command(
     repeats: Annotated[int, typer.Option(help="Timings of every method and length.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. (default: out/compare-<time>)")] = None,
 ) -> None:
     """Compare methods on one model: memory, TTFT, TPOT, tokens/s, quality.
 
     Quality is measured at --context-length, where a context is compressed before its questions are seen; time and memory there
-    and up to --long-context-length. Writes results.csv, results.json and report.html.
+    and up to --long-context-length. A few minutes on the bundled model. Writes results.csv, results.json and report.html.
 
     Examples:
 
@@ -50,20 +66,22 @@ def compare_command(
 
       pikv compare --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16 --context-length 4096
 
-      pikv compare --context report.txt --question "Who signed the contract?"
+      pikv compare --context report.txt --question "Who signed the contract?" --question "When?"
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads; reading a folder takes no time
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from pikv.experiments.compare import CompareConfig, compare, prepare
-    from pikv.experiments.methods import parse_methods
+    from pikv.evaluation.compare import CompareConfig, compare, prepare
+    from pikv.evaluation.methods import parse_methods
+    from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
+    from pikv.evaluation.report.folder import choose_folder
+    from pikv.evaluation.summary import summary_frame
     from pikv.models.loading import load_model
-    from pikv.report.folder import choose_folder, new_folder
-    from pikv.report.html import write_html
-    from pikv.report.table import improvements, rich_tables, tables
 
     config = CompareConfig(
         model=model,
         methods=methods,
+        num_experts=num_experts,
+        task=task,
         context_length=context_length,
         long_context_length=long_context_length,
         num_contexts=num_contexts,
@@ -73,25 +91,30 @@ def compare_command(
         repeats=repeats,
         question_aware=question_aware,
         context=context,
-        question=question,
+        questions=tuple(question or ()),
         calibration=calibration,
         device=device,
         dtype=dtype,
+        attn_implementation=attn_implementation,
         seed=seed,
     )
-    parse_methods(methods)
+    parse_methods(methods, num_experts)
     folder = choose_folder(out, "compare")
-    loaded, tokenizer = load_model(model, device, dtype)
-    chosen, inputs = prepare(config, loaded, tokenizer)
-    with new_folder(folder) as part:  # made first: better to know now that it cannot be
-        with progress_bars() as progress:
-            comparison = compare(config, loaded, tokenizer, chosen, inputs, progress)
-        comparison.save(part)
-        write_html(comparison, part / "report.html")
+    with busy(f"reading model {model}"):
+        loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
+        config, plan = prepare(config, loaded, tokenizer)
+    with progress_bars() as progress:
+        result = compare(config, plan, progress)
+    result = replace(result, notes=[*result.notes, *notes.shown])
 
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    for table in rich_tables(tables(comparison)):
-        console.print(table, "")
-    for line in improvements(comparison):
-        console.print(line, highlight=False)
-    console.print(f"\nresults: {folder}/results.csv, results.json, report.html", highlight=False, soft_wrap=True)
+    def write(part: Path) -> None:
+        result.save(part, {"results": summary_frame(result)})
+        write_compare(result, part / "report.html")
+
+    publish(
+        folder,
+        write,
+        "results.csv, results.json, report.html",
+        tables=compare_tables(result),
+        lines=[*improvements(result), *(f"note: {note}" for note in result.notes)],
+    )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +10,16 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from pikv.cli.progress import progress_bars
+from pikv.cli import notes
+from pikv.cli.progress import busy, progress_bars
+from pikv.cli.results import publish
+from pikv.evaluation.defaults import DEFAULT_TASK
 
 
 def experiment_command(
-    study: Annotated[str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark or calibration.")],
+    study: Annotated[
+        str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark, eplb_duo or calibration.")
+    ],
     data: Annotated[str | None, typer.Option(help="random, or demo: texts with answers. (default: the study's)")] = None,
     model: Annotated[
         str | None, typer.Option(help="random, demo, a hub id or a local folder. (default: the data set's)")
@@ -22,18 +27,31 @@ def experiment_command(
     calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences that are read together.")] = 2,
     num_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of each. (default: the data set's; random 100, demo 1024)")
+        int | None,
+        typer.Option(help="Tokens of each. (default: random 100, demo 1024, or what fits the model)"),
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Batches to measure on. (default: the study's, mostly 5)")] = None,
     passes: Annotated[int, typer.Option(help="Times to read each batch; the fastest counts.")] = 3,
     num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
     top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
-    capacity_factor: Annotated[float, typer.Option(help="Room of an expert, over its even share of the tokens.")] = 1.5,
+    capacity_factor: Annotated[float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")] = 1.5,
+    cache_aware: Annotated[bool, typer.Option(help="Let the pikv router prefer experts whose tokens were read.")] = True,
+    own_amounts: Annotated[
+        bool, typer.Option("--own-amounts", help="Let each expert of 'experts' keep its own amount, not the same.")
+    ] = False,
+    num_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate after each reading. (default: the study's, mostly 0)")
+    ] = None,
+    task: Annotated[str, typer.Option(help="What quality is measured on, where answers are known.")] = DEFAULT_TASK,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality, where answers are known.")] = 8,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    ] = None,
+    hidden_size: Annotated[int, typer.Option(help="Hidden size of the random model, which has 8 heads.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the random model and of all data.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Log what every press decided in every layer.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. (default: out/STUDY-<time>)")] = None,
@@ -41,8 +59,9 @@ def experiment_command(
     """Study routers and presses: compression, time, memory and quality, with mean and standard deviation.
 
     routers compares all routers at one ratio, presses single presses, combos combinations of them, sensitivity one press at
-    rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, calibration
-    trained routers beside all that they have to be better than.
+    rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, eplb_duo
+    EPLB routing with DuoAttention, DuoAttention and no compression in pairs, calibration trained routers beside all that they
+    have to be better than.
     Writes results.csv (every run), summary.csv, results.json and report.html.
 
     Examples:
@@ -50,6 +69,10 @@ def experiment_command(
       pikv experiment routers
 
       pikv experiment combos --data demo
+
+      pikv experiment eplb_duo --num-tokens 8192
+
+      pikv experiment experts --own-amounts
 
       pikv experiment sensitivity --num-tokens 2000 --repeats 10
 
@@ -59,11 +82,11 @@ def experiment_command(
     """
     if model in (None, "random", "demo") or Path(model or "").exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from pikv.experiments.studies.registry import get_study
-    from pikv.experiments.studies.run import StudyConfig, prepare, run_study
-    from pikv.report.folder import choose_folder, new_folder
-    from pikv.report.study import study_tables, write_study
-    from pikv.report.table import rich_tables
+    from pikv.evaluation.report.folder import choose_folder
+    from pikv.evaluation.report.study import study_tables, write_study
+    from pikv.evaluation.studies.registry import get_study
+    from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
+    from pikv.evaluation.summary import measurements_frame, summary_frame
 
     chosen = get_study(study)
     config = StudyConfig(
@@ -74,33 +97,44 @@ def experiment_command(
         num_tokens=num_tokens,
         repeats=repeats,
         passes=passes,
-        num_contexts=num_contexts,
-        num_records=num_records,
-        num_questions=num_questions,
+        num_new_tokens=num_new_tokens,
         num_experts=num_experts,
         top_k=top_k,
         capacity_factor=capacity_factor,
+        cache_aware=cache_aware,
+        own_amounts=own_amounts,
+        task=task,
+        num_contexts=num_contexts,
+        num_records=num_records,
+        num_questions=num_questions,
         device=device,
         dtype=dtype,
+        attn_implementation=attn_implementation,
+        hidden_size=hidden_size,
         seed=seed,
     )
     folder = choose_folder(out, study)
     messages = Console(stderr=True)
     if debug:
         _log_to(messages)
-    configurations, inputs = prepare(chosen, config)
-    with new_folder(folder) as part:  # made first: better to know now that it cannot be
-        with progress_bars(messages) as progress:
-            result = run_study(chosen, config, configurations, inputs, progress)
-        result.save(part)
+    with busy("reading the model"):
+        plan, inputs = prepare(chosen, config)
+    with progress_bars(messages) as progress:
+        result = run_study(chosen, config, plan, inputs, progress)
+    result = replace(result, notes=[*result.notes, *notes.shown])
+
+    def write(part: Path) -> None:
+        result.save(part, {"results": measurements_frame(result), "summary": summary_frame(result)})
         write_study(result, part / "report.html")
 
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in rich_tables(study_tables(result)):
-        console.print(table, "")
-    for line in result.findings():
-        console.print(line, highlight=False)
-    console.print(f"\nresults: {folder}/results.csv, summary.csv, results.json, report.html", highlight=False, soft_wrap=True)
+    publish(
+        folder,
+        write,
+        "results.csv, summary.csv, results.json, report.html",
+        tables=study_tables(result),
+        lines=[*result.highlights, *(f"note: {note}" for note in result.notes)],
+        expected=[] if result.expected is None else [result.expected],
+    )
 
 
 def _log_to(console: Console) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from pikv.cli.calibrate import calibrate_command
 from pikv.cli.compare import compare_command
 from pikv.cli.experiment import experiment_command
 from pikv.cli.methods import methods_command
+from pikv.cli.notes import show_warning
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,26 +45,35 @@ def _options(
     pass
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"note: {message}", style="dim")
-
-
 def main() -> None:
-    """Runs the command; bad input ends with one line and exit status 2."""
+    """Runs the command; whatever goes wrong for a known reason ends with one line.
+
+    The exit status is 2 for bad input, 1 for results that could not be written, and 130 when the user interrupted.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     try:
-        app()
+        status = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
     except ValueError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        sys.exit(2)
+        status = _say(error, 2)
+    except OSError as error:
+        status = _say(error, 1)
+    except Exception as error:
+        # Typer brings its own copy of click, or uses click's: what both raise for bad options has these two attributes.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        status = _say(error.format_message(), error.exit_code) if error.format_message() else error.exit_code
+    if status == _INTERRUPTED:
+        _say("interrupted", _INTERRUPTED)
+    sys.exit(status)
+
+
+def _say(error: Exception | str, status: int) -> int:
+    said = " ".join(str(error).split())
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {said}")
+    return status
 
 
 if __name__ == "__main__":

@@ -11,33 +11,53 @@ from pikv.models.demo import load_demo
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(
+    name: str, device: str = "cpu", dtype: str = "float32", attn_implementation: str | None = None
+) -> tuple[Any, Any]:
     """Loads ``demo``, a local folder or a hub id, in evaluation mode, with its tokenizer.
 
+    ``attn_implementation`` is what transformers calls so, such as ``eager`` or ``sdpa``; None leaves the choice to it.
+
     Raises:
-        ValueError: for an unknown device or dtype, a model that cannot be read, or an unsupported architecture.
+        ValueError: for an unknown device, dtype or attention implementation, a model that cannot be read, or an unsupported
+            architecture.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}, there is {', '.join(DTYPES)}")
+    torch_dtype = check_dtype(dtype)
     check_device(device)
     if name == "demo":
         model, tokenizer = load_demo()
-        model = model.to(DTYPES[dtype])
+        model = model.to(torch_dtype)
+        if attn_implementation is not None:
+            _set_attention(model, attn_implementation)
     else:
-        model, tokenizer = _load_pretrained(name, DTYPES[dtype])
+        model, tokenizer = _load_pretrained(name, torch_dtype, attn_implementation)
     check_supported(model)
     return model.to(device).eval(), tokenizer
 
 
+def check_dtype(dtype: str) -> torch.dtype:
+    """The data type of this name; ValueError if there is none."""
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r} (available: {', '.join(DTYPES)})")
+    return DTYPES[dtype]
+
+
 def check_device(device: str) -> None:
-    """Raises ValueError unless torch can use the device."""
+    """Raises ValueError unless torch can compute on the device."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the device "meta" makes tensors, but has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
 
 
-def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _set_attention(model: Any, attn_implementation: str) -> None:
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except Exception as error:
+        raise ValueError(f"cannot use attention implementation {attn_implementation!r}: {_first_line(error)}") from None
+
+
+def _load_pretrained(name: str, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     is_local = Path(name).exists() or name.startswith((".", "/", "~"))
@@ -49,8 +69,11 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         # Meta weights first: whether the architecture is supported is known before gigabytes are read.
         with torch.device("meta"):
             check_supported(AutoModelForCausalLM.from_config(config))
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # whatever is wrong with foreign files, the user gets one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load model {name!r}: {reason}") from error
+        raise ValueError(f"cannot load model {name!r}: {_first_line(error)}") from error
     return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

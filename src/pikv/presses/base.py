@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from pikv.core import Kept, LayerView
 from pikv.hf.cache import PiKVCache
@@ -21,6 +21,9 @@ class BasePress(StageSource):
 
     A press of one's own overrides ``compress`` and ``min_kept``.
     """
+
+    needs_calibration: ClassVar[bool] = False
+    """Whether ``bind`` refuses a model without a calibration."""
 
     @property
     def compression_ratio(self) -> float:

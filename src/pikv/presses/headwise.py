@@ -31,6 +31,8 @@ class ProfileBudgetPress(WrapperPress):
         ValueError: when applied, if there is no calibration of the model.
     """
 
+    needs_calibration = True
+
     def __init__(
         self,
         press: BasePress,

@@ -37,7 +37,7 @@ def get_press(spec: str, **options: Any) -> BasePress:
         raise ValueError(f"the specification {shortened(spec)} has {len(spec)} characters, more than {_LONGEST}")
     if _depth(spec) > _DEEPEST:
         raise ValueError(f"{shortened(spec)} has more than {_DEEPEST} presses around each other")
-    parts = [part.strip() for part in _split(spec)]
+    parts = [part.strip() for part in split_outside_brackets(spec, "+")]
     if len(parts) > 1:
         if options:
             raise ValueError(f"options apply to single presses, not to the composition {shortened(spec)}")
@@ -91,12 +91,16 @@ def _depth(spec: str) -> int:
     return deepest
 
 
-def _split(spec: str) -> list[str]:
-    """Splits at every ``+`` that stands in no bracket."""
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Splits at every separator, one character, that stands in no bracket.
+
+    >>> split_outside_brackets("a(b,c):0.5,d", ",")
+    ['a(b,c):0.5', 'd']
+    """
     parts, depth = [""], 0
-    for character in spec:
+    for character in text:
         depth += (character == "(") - (character == ")")
-        if character == "+" and depth == 0:
+        if character == separator and depth == 0:
             parts.append("")
         else:
             parts[-1] += character

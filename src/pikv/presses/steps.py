@@ -24,7 +24,7 @@ class DecodingHistory(RowState):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for token in self.newest for tensor in token.tensors)
+        return sum(tensor.nbytes for token in self.newest for tensor in token.columns)
 
     def select(self, sequences: Sequence[int]) -> DecodingHistory:
         return replace(super().select(sequences), newest=[token.select(sequences) for token in self.newest])
@@ -88,7 +88,7 @@ class DecodedToken:
     embeddings: tuple[Tensor, ...]
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def columns(self) -> tuple[Tensor, ...]:
         return self.queries, self.hidden_states, self.is_token, *self.embeddings
 
     def select(self, sequences: Sequence[int]) -> DecodedToken:

@@ -3,8 +3,8 @@
 import math
 
 
-def wilson_interval(num_right: int, num_asked: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a proportion; NaN where nothing was asked.
+def wilson_interval(num_right: float, num_asked: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion, or a mean of scores from 0 to 1; NaN where nothing was asked.
 
     >>> [round(bound, 3) for bound in wilson_interval(95, 100)]
     [0.888, 0.978]

@@ -1,0 +1,22 @@
+"""Warnings as notes on standard error, which reports repeat."""
+
+from typing import TextIO
+
+from rich.console import Console
+
+shown: list[str] = []
+"""What was said so far, in order, each once."""
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Takes the place of ``warnings.showwarning``."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"note: {message}", style="dim")
+    if str(message) not in shown:
+        shown.append(str(message))

@@ -1,0 +1,154 @@
+"""Methods side by side on one model and one set of contexts; the full cache is always among them."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pikv.calibration.default_calibration import use_calibration
+from pikv.calibration.progress import ProgressBar
+from pikv.evaluation.answers import QuestionSet
+from pikv.evaluation.config import EvaluationConfig
+from pikv.evaluation.defaults import CONTEXT_LENGTH, DEFAULT_METHODS, LONG_CONTEXT_LENGTH
+from pikv.evaluation.environment import environment
+from pikv.evaluation.lengths import check_lengths, fitting_length
+from pikv.evaluation.methods import Method, parse_methods
+from pikv.evaluation.notes import notes_on
+from pikv.evaluation.results import Result
+from pikv.evaluation.runner import Batch, Plan, run_plan
+from pikv.evaluation.tasks.base import Task
+from pikv.evaluation.tasks.text import TextTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(EvaluationConfig):
+    """What to compare, and how thoroughly.
+
+    Attributes:
+        methods: specifications, comma-separated
+        num_experts: experts of all routers; None leaves them their own number
+        context_length: tokens of the contexts that quality is measured on
+        long_context_length: tokens of the longest context for time and memory, which are also measured at
+            ``context_length`` and the geometric mean; of both, None takes the default, or what the model has positions for
+        num_new_tokens: tokens to generate for every timing
+        repeats: timings of every method and length
+        question_aware: compress with the question in view, not before it is seen
+        context: a text file that replaces synthetic contexts: agreement with the full cache then stands for quality
+        questions: asked about that text
+    """
+
+    model: str = "demo"
+    methods: str = DEFAULT_METHODS
+    num_experts: int | None = None
+    context_length: int | None = None
+    long_context_length: int | None = None
+    num_new_tokens: int = 32
+    repeats: int = 3
+    question_aware: bool = False
+    context: Path | None = None
+    questions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.check_counts("context_length", "long_context_length", "num_new_tokens", "repeats")
+        super().__post_init__()
+        if self.questions and self.context is None:
+            raise ValueError("a question of your own needs a context of your own (--context FILE)")
+
+
+def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareConfig, Plan]:
+    """Reads and checks everything that a comparison needs, before any of it is run.
+
+    Returns:
+        the configuration with the lengths that were chosen, and the plan
+
+    Raises:
+        ValueError: for unknown methods, those that refuse the model, a calibration of another model, contexts that are empty,
+            too long for the model's positions, or too short for a method.
+    """
+    methods = parse_methods(config.methods, config.num_experts)
+    if config.calibration is not None:
+        use_calibration(model, config.calibration)
+    task = config.make_task() if config.context is None else _own_text(config, config.context)
+    if config.context is None:
+        config = _with_lengths(config, model, methods)
+    samples = task.samples(
+        tokenizer,
+        num_tokens=config.context_length or sys.maxsize,
+        num_samples=config.num_contexts,
+        seed=config.seed,
+    )
+    if config.context is not None:
+        length = len(samples[0].context_ids)
+        check_lengths(model, methods, [length], config.num_new_tokens)
+        config = replace(config, context_length=length, long_context_length=length)
+    assert config.context_length is not None
+    questions = QuestionSet(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        samples=samples,
+        num_tokens=config.context_length,
+        question_aware=config.question_aware,
+    )
+    for method in methods:
+        method.press().bind(model)
+    plan = Plan(
+        model=model,
+        methods=methods,
+        batches=_batches(config, task, tokenizer),
+        questions=questions,
+        num_new_tokens=config.num_new_tokens,
+    )
+    return config, plan
+
+
+def compare(config: CompareConfig, plan: Plan, progress: ProgressBar) -> Result:
+    """Measures quality, then time and memory, of every method."""
+    measurements, quality = run_plan(plan, progress)
+    return Result(
+        name="compare",
+        description=f"KV-cache methods on {config.model}",
+        config=config.as_json(),
+        environment=environment(),
+        methods=plan.methods,
+        measurements=measurements,
+        quality=quality,
+        notes=notes_on(plan, quality),
+    )
+
+
+def _own_text(config: CompareConfig, path: Path) -> Task:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the context {path}: {error}") from None
+    return TextTask(text, config.questions, config.num_new_tokens)
+
+
+def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) -> CompareConfig:
+    """The lengths that were asked for, or those that fit, once they are checked."""
+    short, long = (
+        fitting_length(model, default, config.num_new_tokens) if asked is None else asked
+        for asked, default in (
+            (config.context_length, CONTEXT_LENGTH),
+            (config.long_context_length, LONG_CONTEXT_LENGTH),
+        )
+    )
+    check_lengths(model, methods, [short, long], config.num_new_tokens)
+    return replace(config, context_length=short, long_context_length=long)
+
+
+def _batches(config: CompareConfig, task: Task, tokenizer: Any) -> list[Batch]:
+    """Contexts of the shortest, a middle and the longest length, the same ones for every repeat."""
+    short, long = sorted((config.context_length or 0, config.long_context_length or 0))
+    middle = 1 << round((short * long) ** 0.5).bit_length() - 1
+    lengths = sorted({short, long, middle if short < middle < long else long})
+    texts = {length: torch.tensor([task.context(tokenizer, num_tokens=length, seed=config.seed)]) for length in lengths}
+    return [
+        Batch(token_ids=token_ids, num_tokens=length, repeat=repeat)
+        for repeat in range(config.repeats)
+        for length, token_ids in texts.items()
+    ]

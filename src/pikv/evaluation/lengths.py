@@ -1,0 +1,46 @@
+"""Whether contexts fit a model, and methods fit contexts, found out before anything is run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pikv.evaluation.methods import Method
+
+QUESTION_TOKENS = 16
+"""Positions that are left for a question."""
+
+
+def num_positions(model: Any) -> int | None:
+    """Positions that a model has; None where it names no limit."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
+def fitting_length(model: Any, wanted: int, num_new_tokens: int) -> int:
+    """``wanted`` tokens of context, or as many as leave positions for a question and ``num_new_tokens`` further ones.
+
+    Raises:
+        ValueError: if the model has not even positions for those.
+    """
+    limit = num_positions(model)
+    if limit is None:
+        return wanted
+    if limit <= num_new_tokens + QUESTION_TOKENS:
+        raise ValueError(f"the {limit} positions of the model leave none for a context before {num_new_tokens} new tokens")
+    return min(wanted, limit - num_new_tokens - QUESTION_TOKENS)
+
+
+def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int], num_new_tokens: int) -> None:
+    """Checks contexts of these lengths, each followed by a question and ``num_new_tokens`` generated tokens.
+
+    Raises:
+        ValueError: if they exceed the model's positions, or a method would keep nothing of the shortest.
+    """
+    limit = num_positions(model)
+    if limit is not None and max(lengths) + num_new_tokens + QUESTION_TOKENS > limit:
+        raise ValueError(
+            f"a context of {max(lengths)} tokens, a question and {num_new_tokens} new tokens exceed "
+            f"the {limit} positions of the model"
+        )
+    for method in methods:
+        if method.press().min_kept(min(lengths)) < 1:
+            raise ValueError(f"method {method.name!r} would keep no token of a context of {min(lengths)} tokens")

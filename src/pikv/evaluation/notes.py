@@ -1,0 +1,45 @@
+"""What a reader must know to judge the figures of a run."""
+
+from collections.abc import Sequence
+
+from pikv.calibration.default_calibration import calibration_of
+from pikv.evaluation.methods import FULL, Method, parts_of
+from pikv.evaluation.results import Quality
+from pikv.evaluation.runner import Plan
+from pikv.presses.moe import MoERouterPress
+
+_FEW_RIGHT = 0.5
+
+
+def notes_on(plan: Plan, quality: Sequence[Quality]) -> list[str]:
+    """Notes on the full cache's own answers, on words that the tokenizer does not know, and on routers without training."""
+    notes = []
+    for full in quality:
+        if full.method == FULL and full.accuracy < _FEW_RIGHT:
+            notes.append(
+                f"The full cache itself answers only {100 * full.accuracy:.0f}% of the questions: this model cannot do the "
+                "task at this length, and accuracy says little about the methods."
+            )
+    return [*notes, *_unknown_tokens(plan), *_untrained_routers(plan.model, plan.methods)]
+
+
+def _unknown_tokens(plan: Plan) -> list[str]:
+    if plan.questions is None:
+        return []
+    unknown = getattr(plan.questions.tokenizer, "unk_token_id", None)
+    tokens = [token for sample in plan.questions.samples for token in sample.context_ids]
+    share = sum(token == unknown for token in tokens) / len(tokens)
+    if unknown is None or not share:
+        return []
+    return [f"{100 * share:.0f}% of the context's tokens are unknown to the model's tokenizer."]
+
+
+def _untrained_routers(model: object, methods: Sequence[Method]) -> list[str]:
+    """Says so where routers are compared that were not trained: they then differ in name only."""
+    routed = [method.name for method in methods if any(isinstance(part, MoERouterPress) for part in parts_of(method.press()))]
+    if len(routed) < 2 or calibration_of(model) is not None:
+        return []
+    return [
+        f"The routers of {', '.join(routed)} are not calibrated for this model and mix their experts evenly: all kinds of "
+        "router keep the same tokens until pikv calibrate has trained them."
+    ]

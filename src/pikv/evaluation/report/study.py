@@ -1,0 +1,201 @@
+"""A study as tables, figures and a page."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pikv.evaluation.report.page import write_page
+from pikv.evaluation.report.plots import kept_by_head, styled
+from pikv.evaluation.report.tables import Column, Table, make_table, mebibytes, percent, times
+from pikv.evaluation.results import Measurement, Result
+from pikv.evaluation.summary import measurements_frame, summary_frame
+
+NOTE = (
+    "Removed: the share of the tokens over all rows, and of the bytes that an uncompressed cache of transformers holds "
+    "(dense). A row is one KV head of one sequence of one layer; kept of a row: tokens of the shortest, the mean and the "
+    "longest. KV MiB: what the storage holds, room to grow included, without and with the press. Times are of the forward "
+    "pass that reads the context, without and with the press, in turns, the fastest counts; compression is their "
+    "difference, and what stands there for the full cache is this machine's noise. ± is the standard deviation over the "
+    "repeats, each of which reads other tokens, the same ones for all presses."
+)
+
+
+def _spread(row: pd.Series, name: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+    """Mean and standard deviation; a single repeat has none."""
+    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+    return f"{mean:.{digits}f}{unit}" + ("" if math.isnan(deviation) else f" ±{deviation:.{digits}f}")
+
+
+def _repeats(config: dict[str, Any]) -> str:
+    return "one repeat" if config["repeats"] == 1 else f"{config['repeats']} repeats"
+
+
+def _label(row: pd.Series) -> str:
+    return str(row["method"])
+
+
+COMPRESSION_COLUMNS: list[Column] = [
+    ("press", _label),
+    ("set", lambda row: percent(row["ratio_set"], 0)),
+    ("tokens removed", lambda row: _spread(row, "tokens_removed", 1, 100, "%")),
+    ("bytes removed", lambda row: _spread(row, "bytes_removed", 1, 100, "%")),
+    ("kept of a row", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
+    ("KV MiB", lambda row: f"{mebibytes(row['full_bytes_mean'], 2)} -> {mebibytes(row['kv_bytes_mean'], 2)}"),
+    ("dense", lambda row: mebibytes(row["dense_bytes_mean"], 2)),
+]
+
+TIME_COLUMNS: list[Column] = [
+    ("press", _label),
+    ("without press", lambda row: _spread(row, "full_ms")),
+    ("with press", lambda row: _spread(row, "ttft_ms")),
+    ("compression", lambda row: _spread(row, "compression_ms")),
+    ("median", lambda row: f"{row['compression_ms_median']:.2f}"),
+]
+
+QUALITY_COLUMNS: list[Column] = [
+    ("press", _label),
+    ("removed", lambda row: percent(row["quality_kv_removed"])),
+    ("accuracy", lambda row: percent(row["accuracy"])),
+    ("95% CI", lambda row: f"{percent(row['accuracy_low'], 0)}-{percent(row['accuracy_high'], 0)}"),
+    ("agrees", lambda row: percent(row["agreement"])),
+    ("answers", lambda row: str(row["num_answers"])),
+]
+
+
+GENERATION_COLUMNS: list[Column] = [
+    ("press", _label),
+    ("TPOT", lambda row: f"{row['tpot_ms']:.2f}"),
+    ("p10-p90", lambda row: f"{row['tpot_ms_p10']:.1f}-{row['tpot_ms_p90']:.1f}"),
+    ("steps/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
+    ("faster", lambda row: times(row["speedup"])),
+    ("peak MiB", lambda row: mebibytes(row["peak_bytes"], 0)),
+]
+
+
+def study_tables(result: Result) -> list[Table]:
+    """What was measured: compression, time, generation, quality where answers are known, and pairs of methods."""
+    summary, config = summary_frame(result), result.config
+    size = f"{config['batch_size']} x {config['num_tokens']:,} tokens"
+    measured = summary[summary["num_repeats"] > 0]
+    made = [
+        make_table(f"Compression of {size}, {_repeats(config)}", COMPRESSION_COLUMNS, measured),
+        make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured),
+    ]
+    if config["num_new_tokens"]:
+        title = f"Generation: {config['num_new_tokens']} steps of {config['batch_size']} sequences, times in ms"
+        made.append(make_table(title, GENERATION_COLUMNS, measured))
+    if result.quality:
+        title = f"Quality at {result.quality[0].num_tokens:,} tokens, compressed before the question is seen"
+        made.append(make_table(title, QUALITY_COLUMNS, summary[summary["num_answers"] > 0]))
+    return [*made, *_pairs(result.pairs, summary)]
+
+
+PAIR_COLUMNS: list[Column] = [
+    ("pair", lambda row: str(row["pair"])),
+    ("memory reduction", lambda row: percent(row["memory_reduction"])),
+    ("decoding speed", lambda row: times(row["decoding_speed"])),
+    ("reading speed", lambda row: times(row["reading_speed"])),
+    ("quality kept", lambda row: percent(row["quality_kept"])),
+]
+
+
+def _pairs(pairs: Sequence[tuple[str, str]], summary: pd.DataFrame) -> list[Table]:
+    """What the first method of each pair gains over the second."""
+    if not pairs:
+        return []
+    rows = summary.set_index("method")
+    one, other = (rows.loc[[pair[side] for pair in pairs]].reset_index(drop=True) for side in (0, 1))
+    frame = pd.DataFrame(
+        {
+            "pair": [f"{first} against {second}" for first, second in pairs],
+            "memory_reduction": 1 - one["kv_bytes_mean"] / other["kv_bytes_mean"],
+            "decoding_speed": other["tpot_ms"] / one["tpot_ms"],
+            "reading_speed": other["ttft_ms_median"] / one["ttft_ms_median"],
+            "quality_kept": one["accuracy"] / other["accuracy"],
+        }
+    )
+    return [make_table("Relative improvements, measured", PAIR_COLUMNS, frame)]
+
+
+def write_study(result: Result, path: Path) -> None:
+    """Writes the report: figures, tables, and what it takes to measure it again."""
+    summary, config = summary_frame(result), result.config
+    measured = summary[summary["num_repeats"] > 0]
+    figures = [compression_reached(measured), time_taken(measurements_frame(result), measured)]
+    if result.quality:
+        figures.append(quality_against_bytes(summary[summary["num_answers"] > 0]))
+    write_page(
+        "study.html",
+        path,
+        result,
+        figures=[*figures, kept_by_head(mean_kept(result.measurements))],
+        name=result.name,
+        description=result.description,
+        lead=f"{len(result.methods)} presses on {config['model']}, data set {config['data']}, {_repeats(config)}.",
+        highlights=result.highlights,
+        tables=study_tables(result),
+        expected=[] if result.expected is None else [result.expected],
+        note=NOTE,
+    )
+
+
+def mean_kept(measurements: Sequence[Measurement]) -> dict[str, list[list[float]]]:
+    """The share of the tokens kept by method, layer and KV head, mean over the repeats."""
+    by_method: dict[str, list[list[list[float]]]] = {}
+    for measurement in measurements:
+        by_method.setdefault(measurement.method, []).append(measurement.kept)
+    return {method: np.mean(several, axis=0).tolist() for method, several in by_method.items()}
+
+
+def compression_reached(summary: pd.DataFrame) -> go.Figure:
+    """The shares of tokens and bytes removed; the bars at their ends are standard deviations."""
+    figure = go.Figure()
+    for column, name in (("tokens_removed", "tokens removed"), ("bytes_removed", "bytes removed")):
+        figure.add_bar(
+            name=name,
+            x=summary["method"],
+            y=summary[f"{column}_mean"],
+            error_y=_deviations(summary[f"{column}_std"]),
+        )
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title="share removed", tickformat=".0%")
+    return styled(figure, "Compression reached")
+
+
+def time_taken(frame: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
+    """What each press added to the forward pass: every repeat as a point, and the median."""
+    figure = go.Figure()
+    figure.add_bar(name="median", x=summary["method"], y=summary["compression_ms_median"], opacity=0.5)
+    figure.add_scatter(name="repeat", x=frame["method"], y=frame["compression_ms"], mode="markers")
+    figure.update_yaxes(title="added to the forward pass (ms)")
+    return styled(figure, "Time of compression")
+
+
+def quality_against_bytes(summary: pd.DataFrame) -> go.Figure:
+    """Accuracy, with its interval, over the share of the bytes that is still held; diamonds are combinations."""
+    figure = go.Figure()
+    for _, row in summary.iterrows():
+        figure.add_scatter(
+            name=_label(row),
+            x=[1 - row["quality_kv_removed"]],
+            y=[row["accuracy"]],
+            mode="markers",
+            marker={"size": 12, "symbol": "diamond" if row["is_combined"] else "circle"},
+            error_y={
+                "type": "data",
+                "array": [row["accuracy_high"] - row["accuracy"]],
+                "arrayminus": [row["accuracy"] - row["accuracy_low"]],
+            },
+        )
+    figure.update_xaxes(title="KV bytes held, share of an uncompressed cache", tickformat=".0%")
+    figure.update_yaxes(title="accuracy", tickformat=".0%", range=[-0.05, 1.1])
+    return styled(figure, "Quality against memory")
+
+
+def _deviations(values: pd.Series) -> dict[str, Any]:
+    return {"type": "data", "array": values.fillna(0), "thickness": 1}

@@ -1,0 +1,56 @@
+"""Tasks make samples and score answers."""
+
+import pytest
+
+from pikv.evaluation.tasks.base import TaskSettings, get_task
+from pikv.evaluation.tasks.retrieval import RetrievalTask
+from pikv.evaluation.tasks.text import TextTask
+from pikv.models.demo.tokenizer import build_tokenizer
+
+SETTINGS = TaskSettings(num_records=8, num_questions=3)
+
+
+@pytest.fixture
+def samples():
+    return get_task("retrieval", SETTINGS).samples(build_tokenizer(), num_tokens=200, num_samples=2, seed=5)
+
+
+def test_samples_follow_the_settings_and_the_seed(samples):
+    task = RetrievalTask(SETTINGS)
+    assert [len(sample.context_ids) for sample in samples] == [200, 200]
+    assert [len(sample.questions) for sample in samples] == [3, 3]
+    assert task.samples(build_tokenizer(), num_tokens=200, num_samples=2, seed=5) == samples
+    assert task.samples(build_tokenizer(), num_tokens=200, num_samples=2, seed=6) != samples
+
+
+def test_only_the_record_itself_is_right(samples):
+    task, question = RetrievalTask(SETTINGS), samples[0].questions[0]
+    assert task.score(question, question.answer) == task.score(question, f"  {question.answer.replace(' ', '  ')} ") == 1
+    assert task.score(question, f"{question.answer} 7") == task.score(question, question.answer[:-1]) == 0
+    assert task.score(question, "") == 0
+
+
+def test_contexts_for_timing_have_any_length():
+    tokenizer = build_tokenizer()
+    for length in (20, 4096):  # 8 records would not fit into 20 tokens
+        assert len(RetrievalTask(SETTINGS).context(tokenizer, num_tokens=length, seed=0)) == length
+
+
+def test_a_text_of_ones_own_has_no_right_answer():
+    task = TextTask("the red fox is in the forest", ["? red fox", "the fox"], num_answer_tokens=4)
+    (sample,) = task.samples(build_tokenizer(), num_tokens=100, num_samples=3, seed=0)
+    assert [question.prompt for question in sample.questions] == ["? red fox", "the fox"]
+    assert [question.num_answer_tokens for question in sample.questions] == [4, 4]
+    assert task.score(sample.questions[0], "anything") is None
+    assert len(task.context(build_tokenizer(), num_tokens=100, seed=0)) == len(sample.context_ids)
+
+
+def test_a_text_is_never_cut():
+    with pytest.raises(ValueError, match="the context has 7 tokens, more than context-length 5"):
+        TextTask("the red fox is in the forest", [], 4).samples(build_tokenizer(), num_tokens=5, num_samples=1, seed=0)
+
+
+@pytest.mark.parametrize("settings", [dict(num_questions=0), dict(num_records=3, num_questions=4)])
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match="question"):
+        TaskSettings(**settings)
