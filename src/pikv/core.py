@@ -7,7 +7,7 @@ Shapes, here and everywhere: ``B`` batch, ``H`` query heads, ``G`` KV heads, ``T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +30,8 @@ Kept = Sequence[Tensor]
 @contextmanager
 def plain_arithmetic(device: torch.device) -> Iterator[None]:
     """What decisions are computed in: no gradients, and the data types that are written, also under ``torch.autocast``."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    is_cast = torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_cast else nullcontext():
         yield
 
 
