@@ -72,6 +72,16 @@ class ScorerExpert(RetentionExpert):
         return self.scorer.score(view)
 
 
+class FunctionExpert(RetentionExpert):
+    """Asks a function, which turns a view into preferences ``[B, G, L]``."""
+
+    def __init__(self, function: Callable[[LayerView], Tensor]) -> None:
+        self.function = function
+
+    def preference(self, view: LayerView) -> Tensor:
+        return self.function(view)
+
+
 class ValuedAttentionExpert(AttentionExpert):
     """Keeps what the most recent queries attend to, by how much that brings them: attention times the norm of the value."""
 
