@@ -148,7 +148,7 @@ class Session:
         for press in stage.presses:
             press.record(layer, 0, num_evicted)
             held = state[LastLength, press]
-            state[LastLength, press] = LastLength(seen=held.seen, num_tokens=int(rows.lengths.sum()))
+            state[LastLength, press] = LastLength(seen=held.seen, lengths=rows.lengths)
 
     def _view(
         self, stage: Stage, call: AttentionCall, num_given: Tensor, reread: Tensor | None, *, is_first: bool

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pikv.cache.row_state import RowState
 from pikv.core import AttentionCall
 from pikv.presses.steps import state_of
@@ -11,9 +13,13 @@ from pikv.presses.steps import state_of
 
 @dataclass
 class LastLength(RowState):
-    """How many tokens the rows of a layer held after a press's last action: what more there is was given to it since."""
+    """What the rows of a layer held after a press's last action, ``[B, G]``: what more there is was given to it since."""
 
-    num_tokens: int = 0
+    lengths: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.lengths is None else int(self.lengths.sum())
 
 
 @dataclass
@@ -86,4 +92,4 @@ class StatsRecorder:
         """Notes what the rows hold now, to tell later what came since."""
         rows = self.call.rows
         for press in self.entered:
-            self.call.state[LastLength, press] = LastLength(seen=self.call.num_seen, num_tokens=int(rows.lengths.sum()))
+            self.call.state[LastLength, press] = LastLength(seen=self.call.num_seen, lengths=rows.lengths)
