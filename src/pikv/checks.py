@@ -28,5 +28,7 @@ def check_ratio(value: Any, name: str = "compression_ratio") -> float:
 
 
 def _said(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out the longest ones
+        return f"a number of about {round(value.bit_length() * 0.30103)} digits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

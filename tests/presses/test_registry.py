@@ -3,7 +3,15 @@ from importlib.util import find_spec
 import pytest
 
 from pikv import get_press, list_presses
-from pikv.presses import ComposedPress, DuoAttentionPress, MoERouterPress, SnapKVPress, from_kvpress
+from pikv.presses import (
+    ComposedPress,
+    DecodingPress,
+    DuoAttentionPress,
+    MoERouterPress,
+    PerLayerPress,
+    SnapKVPress,
+    from_kvpress,
+)
 from pikv.presses.catalog import GROUPS, catalog
 from pikv.presses.registry import press_info
 
@@ -81,3 +89,30 @@ def test_without_kvpress_its_presses_say_what_is_missing():
         get_press("kvpress.KnormPress:0.5")
     with pytest.raises(ValueError, match=r"takes a press of kvpress, not 'knorm' \(kvpress is not installed"):
         from_kvpress("knorm")
+
+
+def test_a_ratio_can_be_set():
+    for spec in ("snapkv:0.5", "adakv(chunkkv(h2o)):0.5", "duo:0.5", "eplb:0.5", "kvzip:0.5"):
+        press = get_press(spec)
+        press.compression_ratio = 0.25
+        assert press.compression_ratio == get_press(spec.replace("0.5", "0.25")).compression_ratio == 0.25
+        with pytest.raises(ValueError, match=r"must be at least 0 and less than 1, not 1\.5"):
+            press.compression_ratio = 1.5
+    limited = get_press("knorm", budget=7)
+    limited.compression_ratio = 0.25
+    assert repr(limited) == "KnormPress(compression_ratio=0.25)"
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        get_press("none"),
+        get_press("snapkv:0.5+duo:0.5"),
+        DecodingPress(SnapKVPress()),
+        PerLayerPress(SnapKVPress(), [0.5, 0.25]),
+    ],
+    ids=repr,
+)
+def test_where_there_is_no_ratio_to_set_that_is_said(press):
+    with pytest.raises(ValueError, match="has no ratio of its own to set"):
+        press.compression_ratio = 0.25

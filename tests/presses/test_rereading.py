@@ -7,6 +7,8 @@ import torch
 
 import pikv
 from pikv import PiKVCache
+from pikv.attention.params import AttentionParams
+from pikv.hf.reread import _most_by_logsumexp
 from pikv.presses import CAKEPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
 from pikv.presses.kvzip import ReconstructionScorer
 from pikv.scoring.token_state import TokenState
@@ -191,3 +193,18 @@ def test_statistics_survive_tokens_that_are_taken_back(llama):
     cache.crop(-3)
     read(llama, press, cache, 20, seed=1)
     assert press.get_stats()["compression_ratio"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 63, 64, 65, 700])
+@pytest.mark.parametrize("num_own", [1, 63, 64, 65, 600])
+def test_the_most_attention_by_logsumexp_is_that_of_plain_weights(num_own, num_others):
+    generator = torch.Generator().manual_seed(num_own)
+    queries = torch.randn(3, num_own, 16, generator=generator)
+    keys = torch.randn(num_others + num_own, 16, generator=generator)
+    places = torch.arange(num_others + num_own)
+    visible = (places <= places[num_others:].unsqueeze(1)).unsqueeze(0)
+    weights = AttentionParams(scaling=0.3).weights_of_rows(queries.unsqueeze(0), keys.unsqueeze(0), visible)
+    expected = weights.amax((0, 1, 2))
+    expected[num_others:] = 0.0
+    found = _most_by_logsumexp(queries, keys, num_own, 0.3)
+    torch.testing.assert_close(found, expected)

@@ -57,23 +57,3 @@ class AttentionParams:
         """Scaled and soft-capped products, ``[..., T, L]`` (float32), of queries ``[..., T, D]`` and keys ``[..., L, D]``."""
         products = queries.float() @ keys.float().transpose(-1, -2) * self.scaling
         return products if self.softcap is None else (products / self.softcap).tanh() * self.softcap
-
-    def weights(self, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-        """Attention weights of all query heads over the keys of their KV head.
-
-        ``queries`` is ``[B, H, T, D]``, ``keys`` ``[B, G, L, D]``; ``visible`` ``[B, G or 1, T, L]`` (bool) says which key
-        each query sees. A query that sees no key has weights of zero.
-
-        Returns:
-            ``[B, G, H / G, T, L]`` (float32)
-        """
-        grouped = queries.unflatten(1, (keys.shape[1], -1))
-        # The group's queries in one matrix: a product that broadcasts would copy the keys for each of them.
-        logits: Tensor = self.logits(grouped.flatten(2, 3), keys).unflatten(2, grouped.shape[2:4])
-        hidden = ~visible.unsqueeze(2)
-        logits.masked_fill_(hidden, float("-inf"))
-        if self.sinks is None:
-            return logits.softmax(-1).masked_fill(hidden, 0.0)
-        sinks = self.sinks.float().view(1, keys.shape[1], -1, 1)
-        total = logits.logsumexp(-1).logaddexp(sinks)
-        return (logits - total.unsqueeze(-1)).exp()

@@ -1,9 +1,9 @@
 """Attention of new tokens over ragged rows that already hold their keys and values."""
 
-import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
+from pikv.cache.block import RowBlock
 from pikv.cache.rows import RaggedRows
 from pikv.cache.tokens import TokenMask
 
@@ -24,21 +24,23 @@ def attend_rows(queries: Tensor, rows: RaggedRows, params: AttentionParams, mask
     if len(rows.blocks) == 1 and mask is None:
         (block,) = rows.blocks
         return block.attend(queries, params.for_rows(block.row_ids, heads)).reshape(batch, num_heads, num_new, -1)
-    output = queries.new_zeros((*queries.shape[:3], rows.value_dim))
+    parts: list[tuple[RowBlock, Tensor]] = []
     for block in rows.blocks:
         its_params = params.for_rows(block.row_ids, heads)
         if mask is None:
-            output[block.selector] = block.attend(queries[block.selector], its_params)
+            parts.append((block, block.attend(queries[block.selector], its_params)))
             continue
         # Rows of one block have equally many tokens, though perhaps in different columns.
         sequences = [row // heads for row in block.row_ids]
-        count = mask.counts[sequences[0]]
-        if count == 0:
-            continue
-        columns = mask.columns_of(sequences, count)[:, None, :, None].expand(-1, queries.shape[1], -1, -1)
-        picked = queries[block.selector].gather(2, columns.expand(-1, -1, -1, dim))
-        attended = torch.zeros_like(output[block.selector])
-        output[block.selector] = attended.scatter_(
-            2, columns.expand(-1, -1, -1, rows.value_dim), block.attend(picked, its_params).to(attended.dtype)
-        )
+        if count := mask.counts[sequences[0]]:
+            columns = mask.columns_of(sequences, count)[:, None, :, None].expand(-1, queries.shape[1], -1, -1)
+            picked = queries[block.selector].gather(2, columns.expand(-1, -1, -1, dim))
+            attended = block.attend(picked, its_params)
+            laid_out = attended.new_zeros((*attended.shape[:2], num_new, attended.shape[3]))
+            parts.append((block, laid_out.scatter_(2, columns.expand(-1, -1, -1, attended.shape[3]), attended)))
+    # Under torch.autocast attention has another data type than the queries.
+    dtype = parts[0][1].dtype if parts else queries.dtype
+    output = queries.new_zeros((*queries.shape[:3], rows.value_dim), dtype=dtype)
+    for block, attended in parts:
+        output[block.selector] = attended
     return output.view(batch, num_heads, num_new, -1)

@@ -123,23 +123,6 @@ class KeptTokens:
         laid_out = laid_out.unflatten(0, self.shape)
         return laid_out
 
-    @cached_property
-    def keys(self) -> Tensor:
-        return self._rectangle(0)
-
-    @cached_property
-    def values(self) -> Tensor:
-        return self._rectangle(1)
-
-    def _rectangle(self, which: int) -> Tensor:
-        loaded = [block.load()[which] for block in self.blocks]
-        longest = max(block.length for block in self.blocks)
-        laid_out: Tensor = loaded[0].new_zeros((self.shape[0] * self.shape[1], longest, loaded[0].shape[-1]))
-        for block, entries in zip(self.blocks, loaded, strict=True):
-            laid_out[block.selector, : block.length] = entries
-        laid_out = laid_out.unflatten(0, self.shape)
-        return laid_out
-
 
 def selector_of(row_ids: Sequence[int], device: torch.device) -> slice | Tensor:
     """What indexes these rows, which ascend, in a tensor of all rows ``[R, ...]``; a slice where they are neighbours."""

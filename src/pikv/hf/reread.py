@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from pikv.attention.capture import CaptureLogSumExp
 from pikv.core import MAX_NUMBERS, AttentionCall, BlockView, LayerView, Reread, plain_arithmetic
 from pikv.hf.hooks import ForwardInputs, observe
+
+_TILE = 1 << 18  # products that exist at a time, few enough to stay in the processor's cache
 
 
 @torch.no_grad()
@@ -114,6 +118,11 @@ def _most_attention(call: AttentionCall, chunk_positions: Tensor, sink_size: int
 
 def _most_of_row(block: BlockView, row: int, keys: Tensor, places: Tensor, visible: Tensor) -> Tensor:
     """The most attention that any query pays the tokens of one row, ``[L]``."""
+    is_token, num_own = block.is_token[row], int(block.is_token[row].sum())
+    if block.params.is_plain and num_own and bool(visible.all()):
+        most = _most_by_logsumexp(block.queries[row][:, is_token], keys, num_own, block.params.scaling)
+        if most is not None:
+            return most
     rows = slice(row, row + 1)
     sinks = block.params.sinks
     params = replace(block.params, sinks=None if sinks is None else sinks[rows])
@@ -124,4 +133,33 @@ def _most_of_row(block: BlockView, row: int, keys: Tensor, places: Tensor, visib
         seen = visible & (places <= positions[:, start : start + size].unsqueeze(2))
         weights = params.weights_of_rows(queries[:, :, start : start + size], keys.unsqueeze(0), seen)
         most = torch.maximum(most, weights.amax((0, 1, 2)))
+    return most
+
+
+def _most_by_logsumexp(queries: Tensor, keys: Tensor, num_own: int, scaling: float) -> Tensor | None:
+    """The same for plain parameters and queries ``[h, T, D]`` without padding, whose own keys are the last ``num_own``.
+
+    A fused kernel says what the weights are divided by, so that one product finds the largest; None where no such kernel is.
+    The queries' own keys get zeros.
+    """
+    num_others = len(keys) - num_own
+    queries, keys = queries.float(), keys.float()
+    logs = []
+    for part, is_causal in ((keys[:num_others], False), (keys[num_others:], True)):
+        if not len(part):
+            continue
+        spread = part.expand(1, len(queries), -1, -1)
+        with CaptureLogSumExp() as capture:
+            scaled_dot_product_attention(queries.unsqueeze(0), spread, spread, is_causal=is_causal, scale=scaling)
+        if capture.logsumexp is None:
+            return None
+        logs.append(capture.logsumexp[0])
+    total = logs[0] if len(logs) == 1 else logs[0].logaddexp(logs[1])
+    extended = torch.cat([queries * scaling, -total.unsqueeze(2)], dim=2).flatten(0, 1)
+    others = torch.cat([keys[:num_others], keys.new_ones((num_others, 1))], dim=1)
+    most = torch.zeros(len(keys), device=keys.device)
+    if num_others:
+        size = max(1, _TILE // num_others)
+        highest = [(extended[start : start + size] @ others.mT).amax(0) for start in range(0, len(extended), size)]
+        most[:num_others] = torch.stack(highest).amax(0).exp()
     return most

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+from pikv.checks import check_ratio
 from pikv.core import Kept, LayerView
 from pikv.hf.cache import PiKVCache
 from pikv.presses.session import accompany, apply
@@ -27,8 +28,22 @@ class BasePress(StageSource):
 
     @property
     def compression_ratio(self) -> float:
-        """The share of the cached tokens, over all rows of the model, that the press is set to remove."""
+        """The share of the cached tokens, over all rows of the model, that the press is set to remove; it can be set.
+
+        Raises:
+            ValueError: when set outside of [0, 1), or for a press that has no ratio of its own.
+        """
+        return self._get_ratio()
+
+    @compression_ratio.setter
+    def compression_ratio(self, ratio: float) -> None:
+        self._set_ratio(check_ratio(ratio))
+
+    def _get_ratio(self) -> float:
         return 0.0
+
+    def _set_ratio(self, ratio: float) -> None:
+        raise ValueError(f"{self!r} has no ratio of its own to set")
 
     def __call__(self, model: Any) -> AbstractContextManager[None]:
         """Applies the press to a transformers causal language model.

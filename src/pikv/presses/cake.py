@@ -1,6 +1,7 @@
 """CAKE: layers whose attention is spread out and changes get more (arXiv 2503.12491)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,11 +33,15 @@ class CAKEScorer(Scorer):
         last = LastQueries(view, self.window_size)
 
         def mean_and_variance(block: BlockView) -> Tensor:
-            weights, num_queries = last.weights(block), last.counts_of(block).view(-1, 1, 1)
-            mean = weights.sum(2) / num_queries
-            # Rows of zeros in front of a short window are no queries, hence no deviations.
-            variance = (weights.square().sum(2) / num_queries - mean.square()).clamp(min=0)
-            return (mean + self.gamma * variance).mean(1)
+            num_queries = last.counts_of(block).view(-1, 1, 1)
+
+            def of_heads(weights: Tensor) -> Tensor:
+                mean = weights.sum(2) / num_queries
+                # Rows of zeros in front of a short window are no queries, hence no deviations.
+                variance = (weights.square().sum(2) / num_queries - mean.square()).clamp(min=0)
+                return mean + self.gamma * variance
+
+            return last.by_head(block, of_heads).mean(1)
 
         return keep_window(view, view.by_block(mean_and_variance, last.numbers_per_token), self.window_size, self.kernel_size)
 
@@ -69,17 +74,16 @@ class LayerPreferenceBudget(JointBudget):
     def preference(self, view: LayerView) -> Tensor:
         last = LastQueries(view, self.window_size)
         num_rows = view.kept.shape[0] * view.kept.shape[1]
-        entropy = torch.zeros((num_rows, view.group_size), device=view.kept.device)
-        variance = torch.zeros_like(entropy)
+        measured = torch.zeros((num_rows, view.group_size, 2), device=view.kept.device)
         for whole in view.kept.blocks:
             for block in BlockView(view, whole).pieces(2 * last.numbers_per_token):
-                entropy[block.block.selector], variance[block.block.selector] = self._spread(block, last.weights(block))
-        shape = (*view.kept.shape, -1)
-        spread = entropy.view(shape).mean((1, 2)) ** (1 / self.entropy_temperature)
-        return (spread * variance.view(shape).mean((1, 2)) ** (1 / self.variance_temperature)).cpu()
+                measured[block.block.selector] = last.by_head(block, partial(self._measure, block))
+        entropy, variance = measured.view(*view.kept.shape, -1, 2).unbind(-1)
+        spread = entropy.mean((1, 2)) ** (1 / self.entropy_temperature)
+        return (spread * variance.mean((1, 2)) ** (1 / self.variance_temperature)).cpu()
 
-    def _spread(self, block: BlockView, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """How widely attention ``[n, H / G, window, L]`` is spread, and how much it changes, ``[n, H / G]`` each."""
+    def _measure(self, block: BlockView, weights: Tensor) -> Tensor:
+        """How widely attention ``[n, h, window, L]`` is spread, and how much it changes, ``[n, h, 2]``."""
         is_query = weights.sum(3, keepdim=True) > 0
         num_queries = is_query.sum(2).clamp(min=1)
         in_window = block.positions >= (block.seen - self.window_size).unsqueeze(1)
@@ -87,7 +91,7 @@ class LayerPreferenceBudget(JointBudget):
         entropy = -(weights * weights.clamp(min=1e-30).log()).sum((2, 3)) / num_queries[..., 0]
         mean = weights.sum(2) / num_queries
         variance = (((weights - mean.unsqueeze(2)) * is_query).square().sum(2) / num_queries).sum(-1)
-        return entropy, variance
+        return torch.stack([entropy, variance], dim=-1)
 
     def share(self, layers: Sequence[ScoredLayer], num_layers: int) -> list[Tensor]:
         preferences = torch.stack([layer.preference for layer in layers if layer.preference is not None], dim=1).double()

@@ -20,8 +20,7 @@ class ComposedPress(BasePress):
                 raise ValueError(f"ComposedPress needs presses, not {press!r}")
         self.presses = list(presses)
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         return 1 - prod(1 - press.compression_ratio for press in self.presses)
 
     def bind(self, model: Any) -> Sequence[Stage]:

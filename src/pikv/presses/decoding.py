@@ -28,10 +28,12 @@ class DecodingPress(WrapperPress):
         self.amount = Amount(tokens=target_size)
         self.trigger = EveryTokens(compression_interval, min(check_count(buffer_size, "buffer_size"), compression_interval))
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         """The share that was removed since the last reset of the statistics."""
         return float(self.get_stats()["compression_ratio"])
+
+    def _set_ratio(self, ratio: float) -> None:
+        raise ValueError(f"{self!r} has no ratio of its own to set")
 
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:
         if stage.needs.reread:
@@ -52,8 +54,7 @@ class PrefillDecodingPress(BasePress):
         self.prefilling_press = prefilling_press
         self.decoding_press = decoding_press
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         return self.prefilling_press.compression_ratio
 
     def bind(self, model: Any) -> Sequence[Stage]:

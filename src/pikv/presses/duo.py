@@ -105,12 +105,14 @@ class DuoAttentionPress(BasePress):
         self.recent_size = check_count(recent_size, "recent_size")
         self.head_scores = head_scores
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         """The ratio set; with ``head_compression_ratio`` the share of heads, which is approached in long contexts."""
         ratio = self._ratio if self._ratio is not None else self.head_compression_ratio
         assert ratio is not None, "one of the two is set"
         return ratio
+
+    def _set_ratio(self, ratio: float) -> None:
+        self._ratio, self.head_compression_ratio = ratio, None
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """Measures or reads the head scores of ``model``."""

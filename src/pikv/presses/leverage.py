@@ -51,11 +51,11 @@ class LeverageScorer(Scorer):
             if self.rotary is not None:
                 keys = self.rotary.rotate(keys, -block.of_rows(places), view.layer_idx)
             keys = keys.to(dtype)
-            centred = keys - keys.sum(1, keepdim=True) / max(1, block.length)
+            keys = keys - keys.sum(1, keepdim=True) / max(1, block.length)
             if sketch is not None:
-                centred = centred @ sketch[block.heads]
-            factor = _cholesky(centred.mT @ centred)
-            solved: Tensor = torch.linalg.solve_triangular(factor, centred.mT, upper=False)
+                keys = keys @ sketch[block.heads]
+            factor = _cholesky(keys.mT @ keys)
+            solved: Tensor = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
             return solved.square().sum(1).float()
 
         return view.by_block(leverage, numbers_per_token=8 * dim)  # in this type, all keys together would outgrow the cache

@@ -45,9 +45,11 @@ class PerLayerPress(WrapperPress):
         super().__init__(press)
         self.budget = PerLayerBudget(compression_ratios)
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         return self.budget.amount.ratio
+
+    def _set_ratio(self, ratio: float) -> None:
+        raise ValueError(f"{self!r} has no ratio of its own to set")
 
     def bind(self, model: Any) -> Sequence[Stage]:
         num_layers = len(ragged_layers(model.config))

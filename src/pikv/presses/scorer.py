@@ -53,11 +53,13 @@ class ScorerPress(BasePress):
         """How important each cached token is, ``[B, G, L]``, higher for more; anything behind a row's end."""
         return self.scorer.score(view)
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         """The ratio set; with a limit in its place the share that was removed since the last reset of the statistics."""
         amount = self.budget.amount
         return amount.ratio if amount.is_ratio else float(self.get_stats()["compression_ratio"])
+
+    def _set_ratio(self, ratio: float) -> None:
+        self.budget = self.budget.with_amount(Amount(ratio))
 
     def bind(self, model: Any) -> Sequence[Stage]:
         return [ScoredStage(presses=(self,), scorer=self.scorer.bind(model), budget=self.budget)]

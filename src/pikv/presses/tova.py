@@ -22,7 +22,9 @@ class LastQueryScorer(Scorer):
 
     def score(self, view: LayerView) -> Tensor:
         kept, last = view.kept, LastQueries(view, 1)
-        weights = view.by_block(lambda block: last.weights(block)[:, :, 0].mean(1), last.numbers_per_token)
+        weights = view.by_block(
+            lambda block: last.by_head(block, lambda weights: weights[:, :, 0]).mean(1), last.numbers_per_token
+        )
         over_heads = by_position(weights, kept, int(view.seen.max())).mean(1, keepdim=True)
         newest = kept.positions == (view.seen - 1).view(-1, 1, 1).to(weights.device)
         return torch.where(newest, 2.0, at_positions(over_heads, kept))

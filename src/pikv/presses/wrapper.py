@@ -22,9 +22,11 @@ class WrapperPress(BasePress):
             raise ValueError(f"{type(self).__name__} needs a press, not {press!r}")
         self.press = press
 
-    @property
-    def compression_ratio(self) -> float:
+    def _get_ratio(self) -> float:
         return self.press.compression_ratio
+
+    def _set_ratio(self, ratio: float) -> None:
+        self.press.compression_ratio = ratio
 
     @abstractmethod
     def wrap(self, stage: ScoredStage, model: Any) -> ScoredStage:

@@ -1,14 +1,16 @@
 """Attention of the last queries (SnapKV, arXiv 2404.14469)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from pikv.cache.kept import KeptTokens
 from pikv.checks import check_count
-from pikv.core import BlockView, LayerView
+from pikv.core import MAX_NUMBERS, BlockView, LayerView
 from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 
@@ -63,15 +65,38 @@ class LastQueries:
         queries = view.queries.gather(2, index)
         self.queries = queries.reshape(-1, view.group_size, *queries.shape[2:])
         self.counts = view.is_token.sum(1).clamp(min=1, max=self.positions.shape[1])
-        # Logits, their softmax, and that with zeros for what is hidden; keys in float32.
-        self.numbers_per_token = 3 * view.group_size * self.positions.shape[1] + queries.shape[3]
 
-    def weights(self, block: BlockView) -> Tensor:
-        """The attention that they pay a block's tokens, ``[n, H / G, window, L]``; zeros for queries that there are not."""
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers that the weights of all heads of a row take for one of its tokens, see ``LayerView.by_block``."""
+        _, group, window, dim = self.queries.shape
+        # Logits, their softmax, and that with zeros for what is hidden; keys in float32.
+        return 3 * group * window + dim
+
+    def by_head(self, block: BlockView, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Asks ``reduce`` for ``[n, h, ...]`` about the attention ``[n, h, window, L]`` that they pay a block's tokens.
+
+        All query heads of a KV head come together, or one after the other where that would be much. Queries that there are
+        not have weights of zero.
+
+        Returns:
+            ``[n, H / G, ...]``
+        """
+        group = self.queries.shape[1]
+        num_numbers = len(block.row_ids) * block.length * self.numbers_per_token
+        size = group if num_numbers <= MAX_NUMBERS else 1
+        found = [reduce(self._weights(block, slice(first, first + size))) for first in range(0, group, size)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _weights(self, block: BlockView, heads: slice) -> Tensor:
+        """The attention of some heads of each row, ``[n, h, window, L]``."""
         positions = block.of_sequences(self.positions).unsqueeze(2)
         # Padding, and queries all of whose keys were evicted, see nothing.
         visible = (positions >= 0) & (block.positions.unsqueeze(1) <= positions)
-        return block.params.weights_of_rows(self.queries[block.block.selector], block.keys, visible)
+        params = block.params
+        if params.sinks is not None:
+            params = replace(params, sinks=params.sinks[:, heads])
+        return params.weights_of_rows(self.queries[block.block.selector][:, heads], block.keys, visible)
 
     def counts_of(self, block: BlockView) -> Tensor:
         """The number of queries of each row's sequence, ``[n]``."""
@@ -89,7 +114,7 @@ def window_attention(view: LayerView, window_size: int) -> Tensor:
     last = LastQueries(view, window_size)
 
     def mean(block: BlockView) -> Tensor:
-        return last.weights(block).sum(2).mean(1) / last.counts_of(block).unsqueeze(1)
+        return last.by_head(block, lambda weights: weights.sum(2)).mean(1) / last.counts_of(block).unsqueeze(1)
 
     attention = view.by_block(mean, last.numbers_per_token)
     view.scratch[(window_attention, window_size)] = _Remembered(ref(view.kept), ref(view.queries), attention)

@@ -86,6 +86,9 @@ class DenseSegment(Segment):
         self, queries: Tensor, params: AttentionParams, num_own: int = 0, *, needs_logsumexp: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         keys, values = self.dense()
+        if not queries.dtype == keys.dtype == values.dtype:  # as torch.autocast leaves them
+            dtype = torch.promote_types(queries.dtype, torch.promote_types(keys.dtype, values.dtype))
+            queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
         if params.softcap is None and not needs_logsumexp and num_own == queries.shape[2]:
             return attend_whole(queries, keys, values, params.scaling), None
         return attend_part(queries, keys, values, params, self.length - num_own if num_own else None)
