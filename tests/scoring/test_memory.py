@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pikv.scoring.experts import EXPERTS, get_expert
 from torch.utils._python_dispatch import TorchDispatchMode
 from views import HIDDEN, view_of, with_call
 
@@ -24,6 +23,7 @@ from pikv.presses.noncausal import NonCausalAttentionScorer
 from pikv.presses.qfilters import QueryFilterScorer
 from pikv.presses.random import RandomScorer
 from pikv.presses.tova import LastQueryScorer
+from pikv.routing.experts import EXPERTS, get_expert
 from pikv.scoring.key_difference import KeyDifferenceScorer
 from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import WindowScorer
@@ -95,8 +95,8 @@ def test_scores_are_made_block_by_block(skewed, name):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_votes_are_made_block_by_block(skewed, name):
-    assert largest_while(lambda: get_expert(name).votes(skewed)) <= MAX_NUMBERS
+def test_expert_scores_are_made_block_by_block(skewed, name):
+    assert largest_while(lambda: get_expert(name).rank_scores(skewed)) <= MAX_NUMBERS
 
 
 def test_shares_are_found_block_by_block(skewed):
