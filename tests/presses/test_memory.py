@@ -21,7 +21,7 @@ from pikv.presses import get_press
 torch.set_num_threads(1)
 torch.manual_seed(0)
 HEADS, DIM, TOKENS, CHUNK = {HEADS}, {DIM}, {TOKENS}, {CHUNK}
-NAMES = ["streaming", "random", "knorm", "keydiff", "lagkv", "leverage", "snapkv", "tova", "cake", "expected", "noncausal", "h2o"]
+NAMES = "streaming random knorm keydiff lagkv leverage snapkv tova cake expected noncausal h2o".split()
 
 # The first head keeps everything that comes, the others 20 tokens, chunk by chunk: no rectangle of all rows ever exists.
 rows = RaggedRows(1, HEADS, torch.empty(0, DIM), torch.empty(0, DIM))
@@ -34,8 +34,9 @@ target = torch.full((1, HEADS), 20)
 target[0, 0] = TOKENS
 extra = {{}}
 for name in ["nothing", *NAMES]:
-    call = AttentionCall(module=nn.Identity(), layer_idx=0, rows=rows, queries=queries, params=AttentionParams(scaling=0.1), is_token=None,
-                         logsumexp=None, state={{}}, hidden_states=torch.zeros(1, CHUNK, 8), arguments={{}}, num_new=CHUNK)
+    call = AttentionCall(module=nn.Identity(), layer_idx=0, rows=rows, queries=queries, params=AttentionParams(scaling=0.1),
+                         is_token=None, logsumexp=None, state={{}}, hidden_states=torch.zeros(1, CHUNK, 8), arguments={{}},
+                         num_new=CHUNK)
     view = LayerView.of(call, rank=0, num_layers=1, budget=target)
     before = resident()
     with measure_peak(torch.device("cpu")) as peak:
