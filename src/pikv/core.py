@@ -104,12 +104,14 @@ class Needs:
         logsumexp: the log-sum-exp of a prefill's attention, which takes a moment to get hold of
         observes: every context that is read, also where nothing has to be decided yet, to note what later scores need
         reread: the attention that a second reading of the context pays
+        noted_bytes: bytes that are kept beside the rows, at most, for each token that a row holds
     """
 
     queries: bool = False
     logsumexp: bool = False
     observes: bool = False
     reread: Reread | None = None
+    noted_bytes: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -117,6 +119,7 @@ class Needs:
             logsumexp=self.logsumexp or other.logsumexp,
             observes=self.observes or other.observes,
             reread=self.reread or other.reread,
+            noted_bytes=self.noted_bytes + other.noted_bytes,
         )
 
 
@@ -133,6 +136,7 @@ class LayerView:
         seen: ``[B]`` (int64, CPU), tokens of each sequence so far
         is_first_stage: whether no other stage acted on the layer before
         reserved_bytes: held by layers without ragged rows
+        noted_bytes: held beside the rows, at most, for each token of a row
         reread: ``[B, G, L]``, the most attention that a second reading paid each token; NaN where there was none
         scratch: lives for one decision of a stage about all layers
     """
@@ -146,6 +150,7 @@ class LayerView:
     seen: Tensor
     is_first_stage: bool = True
     reserved_bytes: int = 0
+    noted_bytes: int = 0
     reread: Tensor | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
 

@@ -37,6 +37,7 @@ class View:
 
     def __init__(self, num_given, lengths, rank=0, num_layers=1):
         self.num_given, self.rank, self.num_layers, self.reserved_bytes = torch.tensor(num_given), rank, num_layers, 0
+        self.noted_bytes = 0
         self.kept = type("Kept", (), {"lengths": torch.tensor(lengths), "bytes_per_token": 128})
         self.budget = None
 

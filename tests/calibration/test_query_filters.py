@@ -48,7 +48,7 @@ def test_keys_along_a_filter_draw_more_attention(demo):
 
     def after_attention(call):
         queries = call.queries[0].unflatten(0, (call.rows.num_kv_heads, -1)).flatten(1, 2).mean(1)
-        keys = call.rows.kept().keys[0]
+        keys, _ = call.rows.blocks[0].dense()
         found[call.layer_idx] = torch.stack(
             [
                 torch.corrcoef(torch.stack([keys[g] @ queries[g], keys[g] @ filters[call.layer_idx, g]]))[0, 1]

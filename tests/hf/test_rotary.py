@@ -45,7 +45,8 @@ def attention_inputs(model, ids, **inputs):
     found = {}
 
     def after_attention(call):
-        found[call.layer_idx] = call.queries, call.rows.kept().keys
+        (block,) = call.rows.blocks
+        found[call.layer_idx] = call.queries, block.dense()[0].unflatten(0, (call.rows.batch_size, -1))
 
     with observe(model, after_attention=after_attention):
         model(ids, past_key_values=PiKVCache(model.config), **inputs)

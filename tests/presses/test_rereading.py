@@ -53,7 +53,8 @@ def test_generated_tokens_that_were_never_read_again_stay(llama):
 def test_the_cache_holds_what_it_should_and_no_more(llama):
     cache = read(llama, KVzipPress(0.5), PiKVCache(llama.config), 400)
     compressed = read(llama, PyramidKVPress(0.5), PiKVCache(llama.config), 400)
-    assert cache.nbytes <= 1.01 * compressed.nbytes
+    noted = 3 * 4 * 200 * 8  # layers, heads, tokens: a position and a score each
+    assert cache.nbytes - noted <= 1.01 * compressed.nbytes
     assert cache.get_seq_length() == 400
 
 

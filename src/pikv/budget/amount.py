@@ -68,7 +68,8 @@ class Amount:
     def _tokens_within(self, view: LayerView) -> int:
         assert self.max_bytes is not None
         free = self.max_bytes - view.reserved_bytes
-        tokens = tokens_within(free // (view.num_layers * view.num_given.numel()), view.kept.bytes_per_token)
+        bytes_per_token = view.kept.bytes_per_token + view.noted_bytes
+        tokens = tokens_within(free // (view.num_layers * view.num_given.numel()), bytes_per_token)
         if tokens < 1:
             raise ValueError(
                 f"max_bytes={self.max_bytes} leaves no token for each of {view.num_layers} layers "

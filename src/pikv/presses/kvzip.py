@@ -22,6 +22,8 @@ from pikv.presses.scorer import ScorerPress
 from pikv.scoring.base import Scorer
 from pikv.scoring.token_state import TokenState
 
+_NOTED_BYTES = 8  # of a token in a row: its position and its score
+
 
 class ReconstructionScorer(Scorer):
     """Scores a token by the most attention that any query pays it while the model reads the context a second time.
@@ -37,14 +39,14 @@ class ReconstructionScorer(Scorer):
         self.reread = Reread(
             chunk_size=check_count(chunk_size, "chunk_size"), sink_size=check_count(sink_size, "sink_size", least=0)
         )
-        self.needs = Needs(reread=self.reread)
+        self.needs = Needs(reread=self.reread, noted_bytes=_NOTED_BYTES)
 
     def bind(self, model: Any) -> "ReconstructionScorer":
         tokenizer = tokenizer_of(model)
         ids = tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if tokenizer and self.prompt else []
         bound = copy(self)
         bound.reread = replace(self.reread, prompt_ids=tuple(token for token in ids if token != tokenizer.unk_token_id))
-        bound.needs = Needs(reread=bound.reread)
+        bound.needs = Needs(reread=bound.reread, noted_bytes=_NOTED_BYTES)
         return bound
 
     def score(self, view: LayerView) -> Tensor:

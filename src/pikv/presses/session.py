@@ -193,6 +193,7 @@ class Session:
             num_given=num_given,
             is_first_stage=is_first,
             reserved_bytes=self.inputs.cache.reserved_nbytes,
+            noted_bytes=self.needs.noted_bytes,
             reread=reread,
             scratch=self.scratch[stage],
         )

@@ -63,7 +63,9 @@ class RoutedScorer(Scorer):
         self.mixers = dict(mixers)
         self.sink_size = sink_size
         self.recent_size = recent_size
-        self.needs = Needs(queries=True, observes=any(mixer.router.calibrated for mixer in self.mixers.values()))
+        calibrated = [mixer.router for mixer in self.mixers.values() if mixer.router.calibrated]
+        noted = max((4 + 5 * router.top_k for router in calibrated), default=0)  # a position; by choice an expert and a weight
+        self.needs = Needs(queries=True, observes=bool(calibrated), noted_bytes=noted)
 
     def observe(self, view: LayerView) -> None:
         """Routes what is read while nothing is evicted, to know the weights of these tokens later."""
