@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(
 # Waits that are known, by scenario; strict: take an entry out when it is mended.
 BEYOND_TRANSFORMERS = {
     "padded batch in two blocks": "the positions of a step are built on the host where sequences are not equally long",
-    "sinks": "the heads of a block's rows are looked up by a list, for every block and step",
 }
 OF_OURS = {
     name: "the mask is read back to see whether a step brings padding"

@@ -174,7 +174,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
                     queries=query.detach(),
                     params=params,
                     is_token=layer.is_token,
-                    logsumexp=capture.logsumexp if capture else None,
+                    logsumexp=_on_the_device_of(query, capture.logsumexp if capture else None),
                     state=layer.state,
                     hidden_states=hidden_states,
                     arguments=arguments,
@@ -185,6 +185,11 @@ def _attention_function(previous: str) -> Callable[..., Any]:
         return output, weights
 
     return pikv_attention
+
+
+def _on_the_device_of(query: Tensor, logsumexp: Tensor | None) -> Tensor | None:
+    """None for a log-sum-exp that a kernel left on another device, as a device made of Python does."""
+    return logsumexp if logsumexp is not None and logsumexp.device == query.device else None
 
 
 def _layer_of(tensor: Tensor) -> Any:
