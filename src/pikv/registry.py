@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,7 +15,7 @@ _LONGEST_ECHO = 60  # characters of a name that an error repeats
 
 
 class UnknownNameError(ValueError, KeyError):
-    """Nothing has this name."""
+    """The name is not registered."""
 
     __str__ = Exception.__str__
 
@@ -51,6 +52,9 @@ class Registry(MutableMapping[str, T], Generic[T]):
         """
         if not name or set(name) & set("+:(),") or name.split() != [name]:
             raise ValueError(f"{shortened(name)} cannot be the name of a {self.what}")
+        # Its own module first, which would otherwise replace ``thing`` when it is imported later.
+        if (module := self.files().get(name)) is not None and module not in sys.modules:
+            import_module(module)
         self._things[name] = thing
 
     __setitem__ = register

@@ -12,6 +12,7 @@ import pytest
 
 from pikv.evaluation.report import folder as folders
 from pikv.evaluation.report.folder import choose_folder, save_files
+from pikv.unfinished import unfinished_name
 
 
 def write_two(part):
@@ -147,17 +148,32 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path, monkeypatch):
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    dead = tmp_path / f".pikv-{done.pid}-{socket.gethostname()}-abc"
-    alive = tmp_path / f".pikv-{os.getppid()}-{socket.gethostname()}-abc"
-    elsewhere = tmp_path / f".pikv-{done.pid}-another-machine-abc"
+    mine = unfinished_name(".pikv-")
+    dead, alive = (tmp_path / mine.replace(f"-{os.getpid()}-", f"-{pid}-") for pid in (done.pid, os.getppid()))
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another-machine")
+        elsewhere = tmp_path / unfinished_name(".pikv-").replace(f"-{os.getpid()}-", f"-{done.pid}-")
     for leftover in (dead, alive, elsewhere):
         leftover.mkdir()
         (leftover / "results.csv").write_text("half")
     save_files(choose_folder(tmp_path, "compare"), write_two)
     assert names(tmp_path) == sorted([alive.name, elsewhere.name, "a.csv", "b.json"])
+
+
+@pytest.mark.parametrize("error", [TypeError("no figure"), FileNotFoundError(errno.ENOENT, "No such file", "font")])
+def test_what_was_written_before_something_failed_is_kept(tmp_path, rescue, error):
+    def write(part):
+        write_two(part)
+        raise error
+
+    with pytest.raises((RuntimeError, OSError), match=r"cannot write to .*(no figure|No such file); the results are in "):
+        save_files(tmp_path / "results", write)
+    (elsewhere,) = rescue.iterdir()
+    assert names(elsewhere) == ["a.csv", "b.json"]
+    assert names(tmp_path) == ["temporary"]
 
 
 def test_results_are_never_overwritten(tmp_path):

@@ -1,7 +1,11 @@
 """Tasks make samples and score answers."""
 
+import numpy as np
 import pytest
+import torch
 
+from pikv.evaluation.answers import QuestionSet, measure_quality
+from pikv.evaluation.methods import parse_methods
 from pikv.evaluation.tasks.base import TaskSettings, get_task
 from pikv.evaluation.tasks.retrieval import RetrievalTask
 from pikv.evaluation.tasks.text import TextTask
@@ -54,3 +58,30 @@ def test_a_text_is_never_cut():
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match="question"):
         TaskSettings(**settings)
+
+
+class OddTask(RetrievalTask):
+    """Scores every answer the same."""
+
+    found = None
+
+    def score(self, question, answer):
+        return self.found
+
+
+@pytest.mark.parametrize("found", [float("nan"), 2, -0.5, "0.5", torch.ones(2)])
+def test_a_score_that_is_none_is_refused_at_once(demo, samples, found):
+    task = OddTask(SETTINGS)
+    task.found = found
+    asked = QuestionSet(model=demo[0], tokenizer=demo[1], task=task, samples=samples, num_tokens=200)
+    with pytest.raises(ValueError, match="the task OddTask must score answers from 0 to 1, or None; it returned"):
+        measure_quality(asked, parse_methods("none")[0], {}, lambda: None)
+
+
+@pytest.mark.parametrize("found", [True, np.float32(0.5), torch.tensor(0.25)])
+def test_every_kind_of_number_is_a_score(demo, samples, found):
+    task = OddTask(SETTINGS)
+    task.found = found
+    asked = QuestionSet(model=demo[0], tokenizer=demo[1], task=task, samples=samples[:1], num_tokens=200)
+    answers = measure_quality(asked, parse_methods("none")[0], {}, lambda: None).answers
+    assert [(type(answer.score), answer.score) for answer in answers] == [(float, float(found))] * 3

@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -27,6 +29,7 @@ from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.layers import PiKVLayer
 from pikv.hf.storage import pack_layer, read_layers, unpack_layer, write_layers
 from pikv.presses import SnapKVPress
+from pikv.unfinished import unfinished_name
 from tiny import batch_of, build
 
 
@@ -579,11 +582,23 @@ def test_links_are_followed_and_devices_left_alone(llama, tmp_path):
         cache.save("/dev/null")
 
 
-def test_what_a_killed_process_left_is_removed(llama, tmp_path):
+def test_what_a_killed_process_left_is_removed(llama, tmp_path, monkeypatch):
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
-    left, busy = (tmp_path / f".cache.{pid}.part" for pid in (finished.pid, os.getppid()))
-    left.write_bytes(b"half")
-    busy.write_bytes(b"half")
-    read(llama, [12]).save(tmp_path / "cache")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", busy.name])
+    mine = unfinished_name(".cache[1].", ".part")
+    left, busy, huge = (mine.replace(f"-{os.getpid()}-", f"-{pid}-") for pid in (finished.pid, os.getppid(), 10**30))
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another-machine")
+        elsewhere = unfinished_name(".cache[1].", ".part").replace(f"-{os.getpid()}-", f"-{finished.pid}-")
+    for name in (left, busy, huge, elsewhere):
+        (tmp_path / name).write_bytes(b"half")
+    read(llama, [12]).save(tmp_path / "cache[1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache[1]", busy, elsewhere])
+
+
+def test_threads_save_to_one_path(llama, tmp_path):
+    caches = [read(llama, [length]) for length in (12, 13, 14, 15)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda cache: [cache.save(tmp_path / "cache") for _ in range(10)], caches))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert PiKVCache.load(tmp_path / "cache", llama.config).get_seq_length() in (12, 13, 14, 15)

@@ -173,6 +173,21 @@ def test_another_package_brings_presses(llama, monkeypatch):
         get_press("odd")
 
 
+def test_an_own_press_stays_when_the_package_has_one_of_that_name():
+    code = """
+        import sys
+        import pikv
+        from pikv.presses import BasePress
+        assert "pikv.presses.adakv" not in sys.modules
+        class Mine(BasePress):
+            pass
+        pikv.register_press("adakv", Mine)
+        from pikv.presses import AdaKVPress
+        assert AdaKVPress is not Mine and type(pikv.get_press("adakv")) is Mine
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 def test_a_scorer_press_needs_a_score():
     with pytest.raises(ValueError, match=r"Mine needs a scorer, or a method score\(view\) of its own"):
         type("Mine", (ScorerPress,), {})(0.5)

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from pikv.unfinished import remove_unfinished, unfinished_name
+
 
 class Checkpoint:
     """The file that a training leaves its state in, and goes on from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._part = path.with_name(f"{path.name}.writing")
+        self._part_names = f".{path.name}.", ".part"
         self._has_warned = False
 
     def read(self) -> Any:
@@ -48,16 +50,18 @@ class Checkpoint:
         content = BytesIO()
         torch.save(state, content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path.parent, *self._part_names)
+        part = self.path.with_name(unfinished_name(*self._part_names))
         try:
-            self._part.write_bytes(content.getbuffer())
-            self._part.replace(self.path)
+            part.write_bytes(content.getbuffer())
+            part.replace(self.path)
         except BaseException:
             with suppress(OSError):
-                self._part.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
             raise
 
     def remove(self) -> None:
         """Removes the file, if that is possible, and what a process that was killed left of one."""
-        for path in (self.path, self._part):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        remove_unfinished(self.path.parent, *self._part_names)

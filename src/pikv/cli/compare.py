@@ -115,6 +115,6 @@ def compare_command(
         folder,
         write,
         "results.csv, results.json, report.html",
-        tables=compare_tables(result),
-        lines=[*improvements(result), *(f"note: {note}" for note in result.notes)],
+        tables=lambda: compare_tables(result),
+        lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes)],
     )

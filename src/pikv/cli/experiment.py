@@ -131,8 +131,8 @@ def experiment_command(
         folder,
         write,
         "results.csv, summary.csv, results.json, report.html",
-        tables=study_tables(result),
-        lines=[*result.highlights, *(f"note: {note}" for note in result.notes)],
+        tables=lambda: study_tables(result),
+        lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes)],
         expected=[] if result.expected is None else [result.expected],
     )
 

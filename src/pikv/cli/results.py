@@ -18,8 +18,8 @@ def publish(
     write: Callable[[Path], None],
     files: str,
     *,
-    tables: Sequence["Table"],
-    lines: Iterable[str],
+    tables: Callable[[], Sequence["Table"]],
+    lines: Callable[[], Iterable[str]],
     expected: Sequence["Table"] = (),
 ) -> None:
     """Prints tables and lines, then what others expect, and lets ``write`` fill a folder.
@@ -27,15 +27,19 @@ def publish(
     Raises:
         OSError: if the folder could not be written to, or nothing could be printed; the results are in files all the same, and
             the message says where.
+        RuntimeError: if something else failed while results were made into tables or files; likewise.
     """
     from pikv.evaluation.report.folder import save_files
 
-    unprinted: OSError | None = None
+    unprinted: Exception | None = None
     try:
-        _print(tables, lines, expected)
-    except OSError as error:  # a closed pipe, or a full disk that the output goes to
+        _print(tables(), lines(), expected)
+    except Exception as error:  # such as a closed pipe, or a full disk that the output goes to
         unprinted = error
     save_files(folder, write)
+    if unprinted is not None and not isinstance(unprinted, OSError):
+        reason = f"{type(unprinted).__name__}: {unprinted}"
+        raise RuntimeError(f"cannot print: {reason}; the results are in {folder}") from unprinted
     if unprinted is not None:
         _forget_output()
         raise OSError(f"cannot print: {unprinted.strerror or unprinted}; the results are in {folder}") from unprinted

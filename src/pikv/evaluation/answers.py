@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pikv.evaluation.reading import agreement, continue_greedily, forward, kept_
 from pikv.evaluation.results import Answer, Quality
 from pikv.evaluation.tasks.base import Task
 from pikv.hf.cache import PiKVCache
+from pikv.registry import shortened
 from pikv.tasks.contexts import TokenizedQuestion, TokenizedSample
 
 FullAnswers = dict[tuple[int, int], list[int]]
@@ -97,6 +99,22 @@ def _answer(
         question=question.prompt,
         expected=question.answer,
         got=got,
-        score=asked.task.score(question, got),
+        score=_score(asked.task, question, got),
         agreement=agreement(asked.model, cache, logits, reference),
     )
+
+
+def _score(task: Task, question: TokenizedQuestion, got: str) -> float | None:
+    """A task's score of an answer.
+
+    Raises:
+        ValueError: if it is no number from 0 to 1.
+    """
+    found: Any = task.score(question, got)
+    if found is None:
+        return None
+    is_number = isinstance(found, Real) or (isinstance(found, Tensor) and found.numel() == 1)
+    if not (is_number and 0 <= float(found) <= 1):
+        shown = shortened(str(found))
+        raise ValueError(f"the task {type(task).__name__} must score answers from 0 to 1, or None; it returned {shown}")
+    return float(found)

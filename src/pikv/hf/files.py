@@ -6,6 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pikv.unfinished import remove_unfinished, unfinished_name
+
 
 def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file beside its place and moves it there when it is whole; what was there stays until then.
@@ -18,8 +20,9 @@ def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path} is no regular file")
-    remove_leftovers(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    prefix, suffix = f".{target.name}.", ".part"
+    remove_unfinished(target.parent, prefix, suffix)
+    part = target.with_name(unfinished_name(prefix, suffix))
     try:
         part.touch()
         usual_mode = part.stat().st_mode
@@ -28,21 +31,3 @@ def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def remove_leftovers(target: Path) -> None:
-    """Removes half-written files that belong to ``target`` and to no living process."""
-    for left in target.parent.glob(f".{target.name}.*.part"):
-        number = left.name.removesuffix(".part").rpartition(".")[2]
-        if number.isdecimal() and not _is_running(int(number)):
-            left.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

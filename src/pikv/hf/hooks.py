@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -92,14 +92,12 @@ def follow(model: Any, opener: Opener, *, gives_way: bool = True) -> Iterator[No
     check_supported(model)
     hooks = _install(model)
     block = Block(modules=hooks.modules, opener=opener, gives_way=gives_way)
-    detach = attach(model.config.get_text_config(decoder=True), block)
-    enter_block(block)
-    try:
+    with ExitStack() as leaving:
+        leaving.callback(hooks.release, model)
+        leaving.callback(attach(model.config.get_text_config(decoder=True), block))
+        enter_block(block)
+        leaving.callback(leave_block, block)
         yield
-    finally:
-        leave_block(block)
-        detach()
-        hooks.release(model)
 
 
 def carry(model: Any, cache: PiKVCache, make_opener: Callable[[Any], Opener]) -> None:

@@ -168,7 +168,7 @@ class MoERouterPress(ScorerPress):
         """
         stats = super().get_stats()
         by_layer: dict[int, dict[str, Any]] = dict(stats["layer_stats"])
-        for layer, record in self._records.by_layer.items():
+        for layer, record in list(self._records.by_layer.items()):
             by_layer[layer] = {**by_layer.get(layer, {}), **record.summary()}
         return {**stats, "calibrated": self._is_calibrated, **self._records.summary(), "layer_stats": by_layer}
 

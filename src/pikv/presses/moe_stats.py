@@ -63,7 +63,7 @@ class RouterRecords:
         ``total_aux_loss`` adds up the losses of all layers and passes, of a pass the mean over its sequences; ``avg_aux_loss``
         is the mean over the layers and passes in which calibrated routers routed.
         """
-        records = self.by_layer.values()
+        records = list(self.by_layer.values())
         total = sum(record.routing.total_loss for record in records)
         num_routed = sum(record.routing.forward_count for record in records)
         return {

@@ -39,7 +39,10 @@ class _LayerCounts:
 
 
 class Recorder:
-    """Counts what was done in its name."""
+    """Counts what was done in its name.
+
+    Several threads may use a press at once; its counts may then miss some of what they did.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[int, _LayerCounts] = {}
@@ -53,12 +56,13 @@ class Recorder:
 
     def get_stats(self) -> dict[str, Any]:
         """What the press did since the last reset: compressions, and the share removed, by layer and in all."""
+        by_layer = dict(sorted(self._counts.copy().items()))  # a copy: another thread may be compressing
         total = _LayerCounts(
-            num_given=sum(counts.num_given for counts in self._counts.values()),
-            num_kept=sum(counts.num_kept for counts in self._counts.values()),
+            num_given=sum(counts.num_given for counts in by_layer.values()),
+            num_kept=sum(counts.num_kept for counts in by_layer.values()),
         )
         return {
-            "compression_count": max((counts.num_compressions for counts in self._counts.values()), default=0),
+            "compression_count": max((counts.num_compressions for counts in by_layer.values()), default=0),
             "compression_ratio": total.compression_ratio,
             "layer_stats": {
                 layer: {
@@ -66,7 +70,7 @@ class Recorder:
                     "num_kept": counts.num_kept,
                     "compression_ratio": counts.compression_ratio,
                 }
-                for layer, counts in sorted(self._counts.items())
+                for layer, counts in by_layer.items()
             },
         }
 

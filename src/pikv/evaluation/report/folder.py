@@ -3,14 +3,16 @@
 import errno
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from pikv.unfinished import remove_unfinished, unfinished_name
+
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _PREFIX = ".pikv-"
 
 
@@ -28,7 +30,7 @@ def choose_folder(wanted: Path | None, kind: str) -> Path:
         if not nearest.is_dir():
             raise ValueError(f"cannot write to {folder}: {nearest} is not a folder")
         if folder.exists():
-            _remove_leftovers(folder)
+            remove_unfinished(folder, _PREFIX)
             if any(not path.name.startswith(_PREFIX) for path in folder.iterdir()):
                 raise ValueError(f"{folder} exists and is not empty; results are never overwritten, choose another --out")
         with _hidden_folder(nearest) as hidden:
@@ -41,17 +43,20 @@ def choose_folder(wanted: Path | None, kind: str) -> Path:
 def save_files(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets ``write`` write files to a folder; it gets a hidden one, whose files move when all of them are complete.
 
-    ``write`` may be called twice: where the folder cannot be written to, the files go to a temporary one.
+    ``write`` may be called twice: where the folder cannot be written to, the files go to a temporary one; where ``write``
+    itself fails, those that it wrote before.
 
     Raises:
         OSError: if the folder could not be written to; the message names the folder that the files are in instead.
+        RuntimeError: if ``write`` failed with something else; the message names the folder as well.
     """
     try:
         _save(folder, write)
-    except OSError as error:
+    except Exception as error:
         rescued = _rescue(write)
         where = f"the results are in {rescued}" if rescued else "nor can any temporary folder be written to"
-        raise OSError(f"cannot write to {folder}: {_reason(error)}; {where}") from error
+        kind = OSError if isinstance(error, OSError) else RuntimeError
+        raise kind(f"cannot write to {folder}: {_reason(error)}; {where}") from error
 
 
 def _save(folder: Path, write: Callable[[Path], None]) -> None:
@@ -59,7 +64,7 @@ def _save(folder: Path, write: Callable[[Path], None]) -> None:
     moved: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        remove_unfinished(folder, _PREFIX)
         with _hidden_folder(folder) as hidden:
             write(hidden)
             files = sorted(hidden.iterdir())
@@ -103,9 +108,12 @@ def _rescue(write: Callable[[Path], None]) -> Path | None:
             write(folder)
             for file in folder.iterdir():
                 _flush(file)
-        except OSError:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
+            if folder is None:
+                continue
+            if any(folder.iterdir()) and getattr(error, "errno", None) not in _OF_THE_DISK:
+                return folder  # what failed was not writing: these files are whole
+            shutil.rmtree(folder, ignore_errors=True)
         else:
             return folder
     return None
@@ -114,31 +122,15 @@ def _rescue(write: Callable[[Path], None]) -> Path | None:
 @contextmanager
 def _hidden_folder(parent: Path) -> Iterator[Path]:
     """A folder inside of another, on the same file system, that goes when the block ends; its name tells whose it is."""
-    prefix = f"{_PREFIX}{os.getpid()}-{socket.gethostname()}-"
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder = parent / unfinished_name(_PREFIX)
+    folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes hidden folders of processes of this machine that were killed."""
-    for path in folder.glob(f"{_PREFIX}*"):
-        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and path.name.startswith(f"{_PREFIX}{pid}-{socket.gethostname()}-") and not _is_alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"{type(error).__name__}: {error}"

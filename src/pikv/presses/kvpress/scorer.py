@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from pikv.scoring.base import Scorer
 
 _UNSUITABLE = (AssertionError, AttributeError, KeyError, NotImplementedError)
 """What kvpress's scorers raise for models and moments that they were not written for."""
+
+_lending = RLock()  # presses and modules that several threads share are changed while one scores
 
 
 class KvpressScorer(Scorer):
@@ -47,7 +50,7 @@ class KvpressScorer(Scorer):
         arguments = _arguments_of_sequence(view, b)
         attentions = self._attentions(view, b, keys)
         removed = max(0.0, 1 - (float(view.budget[b].double().mean()) + 1e-3) / length)
-        with _lent(self.press, "compression_ratio", removed), _lent(view.module, "rotary_emb", self.rotary):
+        with _lending, _lent(self.press, "compression_ratio", removed), _lent(view.module, "rotary_emb", self.rotary):
             try:
                 scores: Tensor = self.press.score(view.module, arguments["hidden_states"], keys, values, attentions, arguments)
             except _UNSUITABLE as error:
