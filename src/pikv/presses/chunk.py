@@ -16,18 +16,22 @@ from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.scoring.base import Scorer
 from pikv.scoring.chunks import chunk_views
+from pikv.scoring.token_state import NestedStates
 from pikv.scoring.wrapping import WrappingScorer
 
 
 @dataclass
-class _ChunkStates(RowState):
+class _ChunkStates(NestedStates):
     """The running state of the scorer that was shown the chunks, by each chunk's first position."""
 
     by_chunk: dict[int, dict[Any, RowState]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for states in self.by_chunk.values() for state in states.values())
+        return sum(state.nbytes for state in self.inner_states())
+
+    def inner_states(self) -> Iterator[RowState]:
+        return (state for states in self.by_chunk.values() for state in states.values())
 
     def select(self, sequences: Sequence[int]) -> "_ChunkStates":
         chosen = {

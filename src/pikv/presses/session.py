@@ -24,7 +24,7 @@ from pikv.hf.support import check_supported, ragged_layers
 from pikv.presses.stage import Stage, StageSource
 from pikv.presses.stats import LastLength, StatsRecorder
 from pikv.presses.steps import DecodingHistory, state_of
-from pikv.scoring.token_state import TokenState
+from pikv.scoring.token_state import token_states_of
 
 
 @contextmanager
@@ -201,6 +201,8 @@ class Session:
 
 def _forget_evicted(state: Mapping[Any, RowState], rows: RaggedRows) -> None:
     """What is noted of tokens that were evicted goes with them."""
-    for each in state.values():
-        if isinstance(each, TokenState):
-            each.keep_only(rows.kept().positions)
+    token_states = [each for held in state.values() for each in token_states_of(held)]
+    if token_states:
+        positions = rows.kept().positions
+        for each in token_states:
+            each.keep_only(positions)

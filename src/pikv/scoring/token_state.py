@@ -1,5 +1,6 @@
 """What is noted of single tokens, for later turns."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,21 @@ class TokenState(RowState):
         places = torch.searchsorted(self.positions, positions.to(self.positions.dtype).contiguous())
         places = places.clamp(max=self.positions.shape[2] - 1)
         return self.values.gather(2, places), (self.positions.gather(2, places) == positions) & (positions >= 0)
+
+
+@dataclass
+class NestedStates(RowState):
+    """State that is made of others; its tokens are those of the rows that it lies beside, or some of them."""
+
+    def inner_states(self) -> Iterator[RowState]:
+        """The states within."""
+        return iter(())
+
+
+def token_states_of(state: RowState) -> Iterator[TokenState]:
+    """The state itself, or those within it, that hold a number for each token."""
+    if isinstance(state, TokenState):
+        yield state
+    elif isinstance(state, NestedStates):
+        for inner in state.inner_states():
+            yield from token_states_of(inner)
