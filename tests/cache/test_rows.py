@@ -187,6 +187,8 @@ def test_storage_can_be_written_to_in_and_out_of_inference_mode():
     with torch.inference_mode():
         rows = full_rows(10)
         rows.keep([torch.arange(5)] * 2)
+        rows.append(torch.randn(1, 2, 1, DIM), torch.randn(1, 2, 1, DIM))
+        rows.table()
     rows.append(torch.randn(1, 2, 1, DIM), torch.randn(1, 2, 1, DIM))
     rows.check_integrity()
 

@@ -61,8 +61,8 @@ def test_a_decision_takes_no_more_than_one_block(measured):
     """The rectangle of all rows would be 8 times the block, and a float32 copy of each key twice that."""
     extra, nbytes = measured
     assert nbytes < 1.8 * BLOCK
-    # H2O works through tiles of a fixed size, whatever the length; the others compute one row's keys in several copies, leverage
-    # in double precision.
+    # H2O works through tiles of a fixed size, whatever the length; the others compute one row's keys in several copies,
+    # leverage in double precision.
     limits = {"h2o": 6 * BLOCK, "leverage": 3 * BLOCK, "lagkv": 1.6 * BLOCK, "expected": 1.6 * BLOCK}
     too_much = {name: round(taken / BLOCK, 2) for name, taken in extra.items() if taken > limits.get(name, BLOCK)}
     assert not too_much, f"{too_much} blocks of {extra}"

@@ -85,11 +85,12 @@ class RowBlock:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys ``[n, length, D]`` and values ``[n, length, Dv]``; not to be written to, and valid until the rows change."""
+        place = self.tail.location
         parts = [segment.dense() for segment in self.segments if segment.length]
         if len(parts) <= 1:
-            return parts[0] if parts else self.tail.dense()
-        keys, values = zip(*parts, strict=True)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+            keys, values = parts[0] if parts else self.tail.dense()
+            return keys.to(place), values.to(place)
+        return tuple(torch.cat([tensor.to(place) for tensor in each], dim=1) for each in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def tokens(self) -> TokenBlock:
         """The tokens held now, whatever is appended later."""
@@ -154,7 +155,7 @@ class RowBlock:
             first += num
             if num:
                 whole = num == segment.length and list(members) == list(range(segment.num_rows))
-                sealed.append(segment if whole else segment.gather(members, part))
+                sealed.append(segment if whole else segment.gather(members, part.to(segment.location)))
         rest = indices[:, first:] - self.num_sealed
         capacity = first_capacity(rest.shape[1]) if with_room else rest.shape[1]
         tail = self.tail.gather(members, rest, capacity)
@@ -228,8 +229,13 @@ class RowBlock:
         self._set_positions(None if self._positions is None else self.kept_positions())
 
     def move(self, location: torch.device) -> None:
-        """Moves the sealed tokens to another place; new ones come where the model computes."""
-        self.sealed = [segment.to(location) for segment in self.sealed]
+        """Moves the tokens to another place; new ones come where the model computes."""
+        if location == self.tail.location and not self.sealed:
+            return
+        sealed = [segment.to(location) for _, segment in self._starts()]
+        self.tail = DenseSegment.empty(len(self.row_ids), like=self.tail)
+        self.sealed = sealed
+        self._set_positions(None if self._positions is None else self.kept_positions())
 
     def set_keys(self, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Replaces keys: ``turn`` gets ``[n, l, D]`` of some tokens and their numbers ``[l]``, and returns new ones."""

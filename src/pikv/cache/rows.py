@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pikv.cache.block import RowBlock
+from pikv.cache.formats.base import format_named
 from pikv.cache.formats.dense import DenseSegment
 from pikv.cache.kept import KeptTokens
 from pikv.cache.table import RowTable
@@ -39,6 +40,7 @@ class RaggedRows:
         seen: tokens seen, by sequence
         seen_at_eviction: tokens that a sequence had seen when something of it was last evicted; going back beyond that cannot
             be exact
+        num_evictions: how often something was evicted
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, keys: Tensor, values: Tensor) -> None:
@@ -51,6 +53,7 @@ class RaggedRows:
         self.blocks = [RowBlock(row_ids, [], DenseSegment(empty_keys, empty_values, 0))]
         self.seen = [0] * batch_size
         self.seen_at_eviction = [0] * batch_size
+        self.num_evictions = 0
         self._table: RowTable | None = None
 
     @classmethod
@@ -61,6 +64,7 @@ class RaggedRows:
         rows = cls.__new__(cls)
         rows.batch_size, rows.num_kv_heads = len(seen), num_kv_heads
         rows.blocks, rows.seen, rows.seen_at_eviction = list(blocks), list(seen), list(seen_at_eviction)
+        rows.num_evictions = 0
         rows._table = None
         return rows
 
@@ -116,7 +120,8 @@ class RaggedRows:
     def table(self) -> RowTable:
         """Where every row's tokens lie, as tensors on the rows' device; made once, and kept up to date while tokens come."""
         if self._table is None:
-            self._table = RowTable.of(self.blocks, self.batch_size * self.num_kv_heads)
+            with plain_tensors():
+                self._table = RowTable.of(self.blocks, self.batch_size * self.num_kv_heads)
         return self._table
 
     def append(self, keys: Tensor, values: Tensor, mask: TokenMask | None = None) -> None:
@@ -152,7 +157,13 @@ class RaggedRows:
                 self._table = None
 
     def apply(self, change: Change) -> None:
-        """Carries out a decision: evicts what is not kept, then stores what is left in another format, in another place."""
+        """Carries out a decision: evicts what is not kept, then stores what is left in another format, in another place.
+
+        Raises:
+            ValueError: for an unknown format, before anything is done.
+        """
+        if change.format is not None:
+            format_named(change.format)
         if change.kept is not None:
             self.keep(change.kept)
         if change.format is not None:
@@ -186,6 +197,7 @@ class RaggedRows:
             for members in by_counts.values():
                 taken = torch.stack([chosen[member] for member in members]).to(self.device)
                 blocks.append(block.gather(members, taken))
+            self.num_evictions += 1
             for sequence in {row // self.num_kv_heads for row in block.row_ids}:
                 self.seen_at_eviction[sequence] = self.seen[sequence]
         self._set_blocks(_merge(blocks))
@@ -235,8 +247,6 @@ class RaggedRows:
 
         This undoes a forward pass that was interrupted, in whatever state it left the rows.
         """
-        if list(seen) == self.seen and all(self._is_sound(block) for block in self.blocks):
-            return
         with plain_tensors():
             blocks = []
             for block in self.blocks:
@@ -245,16 +255,16 @@ class RaggedRows:
                 limits = torch.tensor([seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
                 for member, count in enumerate((positions < limits.unsqueeze(1)).sum(1).tolist()):
                     by_count[count].append(member)
+                if len(by_count) == 1:  # the same from all of them, and from their ends: nothing is copied
+                    block.truncate(next(iter(by_count)))
+                    blocks.append(block)
+                    continue
                 for count, members in by_count.items():
                     indices = torch.arange(count, device=self.device).expand(len(members), -1)
                     blocks.append(block.gather(members, indices))
             self.seen = list(seen)
             self.seen_at_eviction = [min(at, now) for at, now in zip(self.seen_at_eviction, seen, strict=True)]
             self._set_blocks(_merge(blocks))
-
-    def _is_sound(self, block: RowBlock) -> bool:
-        """Whether a block without positions holds all tokens seen."""
-        return block.has_positions or all(block.length == self.seen[row // self.num_kv_heads] for row in block.row_ids)
 
     def select(self, sequences: Sequence[int]) -> "RaggedRows":
         """Rows of the given sequences, each as often as it is named, in storage of their own."""

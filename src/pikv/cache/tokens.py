@@ -31,6 +31,11 @@ class TokenMask:
             return None
         return cls(is_token, counts, is_token.int().argsort(dim=1, descending=True, stable=True))
 
+    @property
+    def is_in_front(self) -> bool:
+        """Whether padding comes before the tokens, in every sequence."""
+        return bool((self.is_token.int().diff(dim=1) >= 0).all())
+
     def columns_of(self, sequences: Sequence[int], count: int) -> Tensor:
         """The columns of the tokens of sequences that have ``count`` each, ``[n, count]``."""
         return self.columns.index_select(0, index_tensor(sequences, self.columns.device))[:, :count]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
+from pikv.checks import check_count
 from pikv.hf.attention import attach
 from pikv.hf.forward_pass import ForwardPass
 from pikv.hf.identity import check_same_model, model_signature
@@ -23,11 +25,20 @@ from pikv.hf.support import ragged_layers, sliding_window
 
 @dataclass(frozen=True, eq=False)
 class CacheMark:
-    """Where a cache stood: the cache, how often something had been taken back, columns seen, and what each layer needs."""
+    """Where a cache stood.
+
+    Attributes:
+        cache_id: which cache, with which sequences
+        num_takebacks: how often tokens had been taken back
+        columns: seen, padding included
+        is_padded_in_front: whether all padding came before the tokens
+        layers: what each layer needs
+    """
 
     cache_id: object
     num_takebacks: int
     columns: int
+    is_padded_in_front: bool
     layers: list[Any]
 
 
@@ -144,13 +155,20 @@ class PiKVCache(Cache):
                 or (rows.dtype, rows.value_dim) != (first.dtype, first.value_dim)
             ):
                 raise ValueError(f"layer {index} does not match the others, or the model")
+        for layer in self.layers:
+            if layer.is_sliding and (len(layer.keys), layer.keys.dtype, layer.keys.shape[1]) != (
+                first.batch_size,
+                first.dtype,
+                heads,
+            ):
+                raise ValueError("a sliding layer does not match the others, or the model")
 
     def __repr__(self) -> str:
         return f"PiKVCache({len(self.layers)} layers, {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storage holds now, by what is allocated: keys, values, positions, unused capacity."""
+        """Bytes that are allocated now: keys, values, positions, unused capacity, and running state beside the rows."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
@@ -215,7 +233,13 @@ class PiKVCache(Cache):
     def mark(self) -> "CacheMark":
         """Where the cache stands now, to ``rewind`` to; holds on to what the sliding layers hold."""
         self.forward_pass.undo()
-        return CacheMark(self._id, self._num_takebacks, self.get_seq_length(), [layer.mark() for layer in self.layers])
+        return CacheMark(
+            self._id,
+            self._num_takebacks,
+            self.get_seq_length(),
+            self.forward_pass.is_padded_in_front,
+            [layer.mark() for layer in self.layers],
+        )
 
     def rewind(self, mark: "CacheMark") -> None:
         """Takes back everything since ``mark``, padding and what slid out of windows included.
@@ -232,6 +256,15 @@ class PiKVCache(Cache):
                 raise ValueError(f"cannot go back to {mark.columns} tokens: {reason}")
         for layer, before in zip(self.layers, mark.layers, strict=True):
             layer.rewind(before)
+        self.forward_pass.is_padded_in_front = mark.is_padded_in_front
+        self._note_takeback()
+
+    def drop_since(self, mark: "CacheMark") -> None:
+        """Drops what came since ``mark``, though tokens from before may have been evicted meanwhile: these stay evicted."""
+        for layer, before in zip(self.layers, mark.layers, strict=True):
+            layer.take_back(before)
+            layer.undo = None
+        self.forward_pass.is_padded_in_front = mark.is_padded_in_front
         self._note_takeback()
 
     def select(self, sequences: Sequence[int] | Tensor) -> "PiKVCache":
@@ -240,11 +273,7 @@ class PiKVCache(Cache):
         Raises:
             ValueError: for numbers outside of the batch, or none.
         """
-        chosen = [int(sequence) for sequence in sequences]
-        batch_size = self._batch_size()
-        if not chosen or any(not -batch_size <= sequence < batch_size for sequence in chosen):
-            raise ValueError(f"select needs numbers of sequences below {batch_size}, not {chosen}")
-        return self._copy_of([sequence % batch_size for sequence in chosen])
+        return self._copy_of(self._chosen(sequences))
 
     def repeat(self, num_repeats: int) -> "PiKVCache":
         """A cache with every sequence ``num_repeats`` times, side by side, as ``num_return_sequences`` needs it.
@@ -252,8 +281,7 @@ class PiKVCache(Cache):
         Raises:
             ValueError: for fewer than one repeat.
         """
-        if num_repeats < 1:
-            raise ValueError(f"repeat needs a number of at least 1, not {num_repeats}")
+        check_count(num_repeats, "num_repeats")
         return self._copy_of([sequence for sequence in range(self._batch_size()) for _ in range(num_repeats)])
 
     @classmethod
@@ -280,22 +308,43 @@ class PiKVCache(Cache):
         joined = first._empty()
         for index, layer in enumerate(joined.layers):
             layer.concat([cache.layers[index] for cache in caches])
+        joined.forward_pass.is_padded_in_front = all(cache.forward_pass.is_padded_in_front for cache in caches)
         return joined
 
     def attention_mask(self, num_new: int = 0) -> Tensor:
         """The mask of all columns seen and ``num_new`` further ones, ``[B, columns]`` (int64), each sequence padded in front.
 
-        Where padding really came does not matter to rows: they never stored it.
+        Where padding really came does not matter to rows, which never stored it.
+
+        Raises:
+            ValueError: if the cache is empty, or has sliding layers and padding did not come before all tokens.
         """
         self._batch_size()
+        if not self.forward_pass.is_padded_in_front:
+            raise ValueError(
+                "padding came between tokens, and sliding layers hold it where it came: give the attention mask of all columns"
+            )
         rows = self.rows(self.ragged_layers[0])
         columns = torch.arange(self.get_seq_length() + num_new, device=rows.device)
         first = torch.tensor([self.get_seq_length() - seen for seen in rows.seen], device=rows.device)
         return (columns >= first.unsqueeze(1)).long()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reset(self) -> None:
+        """Empties the cache."""
         self.forward_pass.undo()
-        super().batch_select_indices(indices)
+        super().reset()
+        self.forward_pass.is_padded_in_front = True
+        self._forget_marks()
+
+    def undo_interrupted(self) -> None:
+        """Takes back what a forward pass that was interrupted left in the layers, as every other operation does first.
+
+        Until then ``lengths``, ``positions`` and ``nbytes`` still show it, while ``get_seq_length`` does not.
+        """
+        self.forward_pass.undo()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(torch.tensor(self._chosen(indices)))
         self._forget_marks()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -307,6 +356,15 @@ class PiKVCache(Cache):
         self.forward_pass.undo()
         super().reorder_cache(beam_idx)
         self._forget_marks()
+
+    def _chosen(self, sequences: Sequence[int] | Tensor) -> list[int]:
+        """The numbers of sequences, checked; negative ones count from the end."""
+        numbers = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
+        batch_size = self._batch_size()
+        are_numbers = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+        if not numbers or not are_numbers or any(not -batch_size <= number < batch_size for number in numbers):
+            raise ValueError(f"give numbers of the {batch_size} sequences, not {numbers}")
+        return [int(number) % batch_size for number in numbers]
 
     def _forget_marks(self) -> None:
         """The sequences that marks are about are no longer here."""
@@ -322,6 +380,8 @@ class PiKVCache(Cache):
 
     def _batch_size(self) -> int:
         self.forward_pass.undo()
+        if not self.ragged_layers:
+            raise ValueError("this model has no layer that holds ragged rows")
         rows = self.layers[self.ragged_layers[0]].rows
         if rows is None:
             raise ValueError("the cache is empty")
@@ -334,11 +394,15 @@ class PiKVCache(Cache):
         copied = self._empty()
         for layer, new in zip(self.layers, copied.layers, strict=True):
             new.copy_from(layer, sequences)
+        copied.forward_pass.is_padded_in_front = self.forward_pass.is_padded_in_front
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
         memo[id(self.config)] = self.config  # the model's own, by which the model is known
-        memo[id(self.press)] = self.press
+        # Presses hold settings, and are what running state is found by.
+        owners = [owner for layer in self.layers for owner in getattr(layer, "state", ())]
+        for each in (self.press, *(part for owner in owners for part in (owner if isinstance(owner, tuple) else (owner,)))):
+            memo[id(each)] = each
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__({name: deepcopy(value, memo) for name, value in vars(self).items()})

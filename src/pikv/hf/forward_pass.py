@@ -21,6 +21,7 @@ class ForwardPass:
         columns: seen before, padding included
         mask: where the input holds tokens; None: everywhere
         has_press: whether the cache carries one, and no pass may go around it
+        is_padded_in_front: whether padding, if any came, came before all tokens
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class ForwardPass:
         self.columns = 0
         self.mask: TokenMask | None = None
         self.has_press = False
+        self.is_padded_in_front = self._was_padded_in_front = True
         self._num_finished = 0
 
     @property
@@ -56,6 +58,9 @@ class ForwardPass:
         """Opens a forward pass; ``attention_mask`` is ``[B, columns seen and new]`` (bool) or None."""
         self.serial += 1
         self.mask = None if attention_mask is None else TokenMask.of(attention_mask[:, -self.num_new :])
+        if self.mask is not None and any(layer.is_sliding for layer in self.layers):
+            self._was_padded_in_front = self.is_padded_in_front
+            self.is_padded_in_front &= self.is_first and self.mask.is_in_front
 
     def check(self, num_new: int, columns: int, last_serial: int | None = None) -> None:
         """Makes sure that a layer that has seen ``columns`` columns is given what was expected.
@@ -85,6 +90,7 @@ class ForwardPass:
             if layer.undo is not None:
                 layer.take_back(layer.undo)
                 layer.undo = None
+                self.is_padded_in_front = self._was_padded_in_front
 
 
 class ForwardPassLength(int):

@@ -1,6 +1,7 @@
 """The layer of a PiKVCache that holds ragged rows, behind the layer interface of transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,21 @@ from pikv.hf.forward_pass import ForwardPass
 
 @dataclass(frozen=True)
 class LayerMark:
-    """Where a layer stood: columns seen, those up to the last padding, and tokens seen by sequence (empty: no rows yet)."""
+    """Where a layer stood.
+
+    Attributes:
+        columns: seen, padding included
+        columns_at_padding: seen when padding last came
+        seen: tokens seen by each sequence; empty where there were no rows yet
+        num_evictions: how often something had been evicted
+        state: what lay beside the rows
+    """
 
     columns: int
     columns_at_padding: int
     seen: tuple[int, ...]
+    num_evictions: int
+    state: Mapping[Any, RowState]
 
 
 class PiKVLayer(HFLayer):
@@ -47,6 +58,7 @@ class PiKVLayer(HFLayer):
         self.state: dict[Any, RowState] = {}
         self.is_handed_over = False
         self.undo: LayerMark | None = None
+        self.reason_broken: str | None = None  # why nothing can be read onto it any more
         self._last_serial = 0
 
     @property
@@ -73,8 +85,11 @@ class PiKVLayer(HFLayer):
         Raises:
             RuntimeError: if the model's masks or attention do not go through the registries of transformers, or the
                 attention implementation was changed since the cache was made.
-            ValueError: if the batch size, data type or device is not that of the tokens held.
+            ValueError: if keys were turned in a pass that was interrupted, or the batch size, data type or device is not
+                that of the tokens held.
         """
+        if self.reason_broken:
+            raise ValueError(f"{self.reason_broken}; start again with a new cache, or after reset()")
         if self.is_handed_over:
             raise RuntimeError(
                 "this model's attention does not take the keys from the cache unchanged to the attention registry "
@@ -138,11 +153,21 @@ class PiKVLayer(HFLayer):
             self._forget_state()
 
     def mark(self) -> LayerMark:
-        return LayerMark(self.columns, self.columns_at_padding, tuple(self.rows.seen) if self.rows else ())
+        return LayerMark(
+            self.columns,
+            self.columns_at_padding,
+            tuple(self.rows.seen) if self.rows else (),
+            self.rows.num_evictions if self.rows else 0,
+            {owner: copy(state) for owner, state in self.state.items()},
+        )
 
     def can_rewind(self, mark: LayerMark) -> str | None:
         """None, or the reason why what came since ``mark`` cannot be taken back."""
-        return self.rows.can_truncate(self._since(mark)) if self.rows else None
+        if self.rows is None:
+            return None
+        if self.rows.num_evictions != mark.num_evictions:
+            return "tokens were evicted since then, and what they were is gone"
+        return self.rows.can_truncate(self._since(mark))
 
     def rewind(self, mark: LayerMark) -> None:
         """Takes back the tokens that came since ``mark``."""
@@ -150,7 +175,7 @@ class PiKVLayer(HFLayer):
         self.is_handed_over = False
         if self.rows is not None:
             self.rows.truncate(self._since(mark))
-            self._forget_state()
+            self._restore_state(mark)
 
     def take_back(self, mark: LayerMark) -> None:
         """Undoes an interrupted pass: drops the tokens that came since ``mark``, whatever was evicted since."""
@@ -158,10 +183,12 @@ class PiKVLayer(HFLayer):
             self.reset()
             return
         assert self.rows is not None
+        if any(not state.can_be_undone(mark.seen) for state in self.state.values()):
+            self.reason_broken = "the keys of this cache were turned in a forward pass that was interrupted"
         self.rows.drop_since(mark.seen)
         self.columns, self.columns_at_padding = mark.columns, mark.columns_at_padding
         self.is_handed_over = False
-        self._forget_state()
+        self._restore_state(mark)
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keeps the given sequences, each as often as it is named, in this order."""
@@ -215,6 +242,11 @@ class PiKVLayer(HFLayer):
         assert self.rows is not None
         before = mark.seen or [0] * self.rows.batch_size
         return [now - then for now, then in zip(self.rows.seen, before, strict=True)]
+
+    def _restore_state(self, mark: LayerMark) -> None:
+        """Puts back what lay beside the rows; in place, since a forward pass may hold on to it."""
+        self.state.clear()
+        self.state.update({owner: copy(state) for owner, state in mark.state.items()})
 
     def _forget_state(self) -> None:
         """Drops state from when more tokens had been seen; in place, since a forward pass may hold on to it."""

@@ -151,7 +151,7 @@ def _most_by_logsumexp(queries: Tensor, keys: Tensor, num_own: int, scaling: flo
         spread = part.expand(1, len(queries), -1, -1)
         with CaptureLogSumExp() as capture:
             scaled_dot_product_attention(queries.unsqueeze(0), spread, spread, is_causal=is_causal, scale=scaling)
-        if capture.logsumexp is None:
+        if capture.logsumexp is None or capture.logsumexp.device != queries.device:
             return None
         logs.append(capture.logsumexp[0])
     total = logs[0] if len(logs) == 1 else logs[0].logaddexp(logs[1])

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pikv.cache.block import RowBlock
+from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows, plain_tensors
 from pikv.hf.files import write_whole
 from pikv.hf.identity import ModelSignature, check_same_model, model_signature
@@ -208,7 +209,10 @@ def _pack_ragged(layer: Any) -> tuple[Tensors, State]:
         parts, state = block.state()
         tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
         blocks.append(state)
+    turned = layer.state.get(ContiguousPositions)
+    contiguous = None if turned is None else {"seen": turned.seen, "lengths": turned.lengths.tolist()}
     return tensors, {
+        "contiguous": contiguous,
         "columns": layer.columns,
         "columns_at_padding": layer.columns_at_padding,
         "num_kv_heads": rows.num_kv_heads,
@@ -227,6 +231,11 @@ def _unpack_ragged(layer: Any, tensors: Tensors, state: State, device: torch.dev
         raise ValueError(f"{columns} columns, padding up to {at_padding}, and {rows.seen} tokens")
     layer.rows = rows
     layer.columns, layer.columns_at_padding = columns, at_padding
+    if turned := state.get("contiguous"):
+        lengths = torch.tensor(turned["lengths"], dtype=torch.long)
+        if lengths.shape != rows.lengths.shape or len(turned["seen"]) != rows.batch_size:
+            raise ValueError("what is said of turned keys does not match the rows")
+        layer.state[ContiguousPositions] = ContiguousPositions(turned["seen"], lengths)
     layer.is_initialized = True
 
 

@@ -57,6 +57,7 @@ def prefill(
 
 
 def _check_mask(mask: Tensor | None, input_ids: Tensor, cache: PiKVCache) -> None:
+    cache.undo_interrupted()
     seen = cache.get_seq_length()
     expected = (input_ids.shape[0], seen + input_ids.shape[1])
     if mask is not None and mask.shape != expected:

@@ -15,7 +15,7 @@ from pikv.budget.select import values_of
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.core import AttentionCall, LayerView, Needs, plain_arithmetic
-from pikv.hf.cache import PiKVCache
+from pikv.hf.cache import CacheMark, PiKVCache
 from pikv.hf.first_use import when_called
 from pikv.hf.hooks import carry, follow, uncompiled
 from pikv.hf.reread import check_room, read_again
@@ -76,6 +76,7 @@ class Session:
         self.reread = self.needs.reread
         self.wants_logsumexp = self.needs.logsumexp
         self.waits = False  # with all decisions, for a second reading
+        self.before: CacheMark | None = None  # where the cache stood, if it waits
         self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
         self.inputs: ForwardInputs | None = None
@@ -84,6 +85,7 @@ class Session:
         """The session of a forward pass that is about to begin."""
         session = copy(self)
         session.waiting = {}
+        session.before = None
         session.before_forward(inputs)
         return session
 
@@ -98,6 +100,7 @@ class Session:
         if num_tokens < 1:
             raise ValueError(f"{self.press!r} would keep no token of a context of {num_seen}; lower the ratio")
         self.waits = self.reread is not None and inputs.num_new > 1 and num_tokens < num_seen
+        self.before = inputs.cache.mark() if self.waits else None
         if self.reread and self.waits:
             if inputs.input_ids is None:
                 raise ValueError(f"{self.press!r} reads the context twice and needs its input_ids")
@@ -115,10 +118,15 @@ class Session:
     def after_forward(self, inputs: ForwardInputs) -> None:
         """Has the context read again, and lets the stages decide with what that shows."""
         if self.reread and self.waiting:
-            attention = read_again(self.model, inputs, self.reread)
-            for layer, call in self.waiting.items():
-                self.act(call, attention[layer])
-                call.rows.fit()  # the second reading needed room
+            try:
+                attention = read_again(self.model, inputs, self.reread)
+                for layer, call in self.waiting.items():
+                    self.act(call, attention[layer])
+                    call.rows.fit()  # the second reading needed room
+            except BaseException:
+                assert self.before is not None
+                inputs.cache.drop_since(self.before)  # the pass is not over yet, and leaves nothing if it fails
+                raise
         self.waiting.clear()
         self.scratch.clear()
         self.inputs = None
