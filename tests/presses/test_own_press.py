@@ -188,6 +188,52 @@ def test_an_own_press_stays_when_the_package_has_one_of_that_name():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
+class FreePress(BasePress):
+    """Keeps what it is told."""
+
+    def __init__(self, kept):
+        self.kept = kept
+        super().__init__()
+
+    def compress(self, view):
+        return self.kept
+
+    def min_kept(self, num_tokens):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([torch.arange(4)] * 3, "for each of the 4 rows its tokens to keep; it returned 3 of them"),
+        (torch.ones(1, 4, 40, dtype=torch.bool), r"it returned a tensor \[1, 4, 40\] of bool"),
+        ([[1, 2]] * 4, "as a tensor .* of int64; one is 2 of them"),
+        ([torch.arange(4.0)] * 4, r"one is a tensor \[4\] of float32"),
+        ([torch.tensor([3, 2])] * 4, "ascending numbers below its length"),
+        ([torch.tensor([3, 3])] * 4, "ascending numbers below its length"),
+        ([torch.tensor([-1, 3])] * 4, "ascending numbers below its length"),
+        ([torch.tensor([39, 40])] * 4, "ascending numbers below its length; one does not ascend, or leaves its 40"),
+    ],
+)
+def test_what_compress_returns_is_checked(llama, kept, message):
+    with pytest.raises(ValueError, match=f"compress of FreePress.* must return, or None, .*{message}") as caught:
+        kept_after(llama, FreePress(kept))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [(torch.ones(1, 4, 39), r"a tensor \[1, 4, 39\] of float32"), (None, "an object of type NoneType")],
+)
+def test_what_score_returns_is_checked(llama, scores, message):
+    class Odd(Scorer):
+        def score(self, view):
+            return scores
+
+    with pytest.raises(ValueError, match=rf"Odd of ScorerPress.* must return scores \[1, 4, 40\].* it returned {message}"):
+        kept_after(llama, ScorerPress(Odd(), 0.5))
+
+
 def test_a_scorer_press_needs_a_score():
     with pytest.raises(ValueError, match=r"Mine needs a scorer, or a method score\(view\) of its own"):
         type("Mine", (ScorerPress,), {})(0.5)

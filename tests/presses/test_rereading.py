@@ -9,9 +9,9 @@ import pikv
 from pikv import PiKVCache
 from pikv.attention.params import AttentionParams
 from pikv.hf.reread import _most_by_logsumexp
-from pikv.presses import CAKEPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
+from pikv.presses import CAKEPress, ChunkPress, ComposedPress, KnormPress, KVzipPress, PyramidKVPress, StreamingLLMPress
 from pikv.presses.kvzip import ReconstructionScorer
-from pikv.scoring.token_state import TokenState
+from pikv.scoring.token_state import NestedStates, TokenState, token_states_of
 from tiny import batch_of, build
 
 
@@ -210,3 +210,21 @@ def test_the_most_attention_by_logsumexp_is_that_of_plain_weights(num_own, num_o
     expected[num_others:] = 0.0
     found = _most_by_logsumexp(queries, keys, num_own, 0.3)
     torch.testing.assert_close(found, expected)
+
+
+def test_scores_of_chunks_are_forgotten_with_their_tokens(llama):
+    press, cache = ChunkPress(KVzipPress(0.5, prompt="", layerwise=True), chunk_length=20), PiKVCache(llama.config)
+    read(llama, press, cache, 60)
+    for layer in cache.ragged_layers:
+        (state,) = (state for state in cache.state(layer).values() if isinstance(state, NestedStates))
+        noted = [found for found in token_states_of(state) if isinstance(found, TokenState)]
+        assert len(noted) == 3
+        for g, positions in enumerate(cache.positions(layer)[0]):
+            held = [each.positions[0, g][each.positions[0, g] < 60] for each in noted]
+            assert torch.equal(torch.cat(held).long(), positions.long())
+            assert all(bool((row.diff() > 0).all()) for row in held)
+    before = {layer: [set(row.tolist()) for row in cache.positions(layer)[0]] for layer in cache.ragged_layers}
+    read(llama, press, cache, 60, seed=1)
+    for layer, rows in before.items():
+        for row, earlier in zip(cache.positions(layer)[0], rows, strict=True):
+            assert {position for position in row.tolist() if position < 60} <= earlier

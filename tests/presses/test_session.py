@@ -35,6 +35,18 @@ def kept_after(model, press, length=40):
     return [row.tolist() for layer in range(3) for row in cache.positions(layer)[0]]
 
 
+def test_nothing_is_left_where_a_block_could_not_be_entered(llama, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    generate = llama.generate
+    monkeypatch.setattr("pikv.hf.hooks.attach", fail)
+    with pytest.raises(ZeroDivisionError), SnapKVPress(0.5)(llama):
+        pass
+    assert hooks_of(llama) == 0
+    assert llama.generate == generate
+
+
 @pytest.mark.filterwarnings("ignore:the router .* is not calibrated")
 @every_press
 def test_everything_is_undone_even_after_an_error(llama, press):

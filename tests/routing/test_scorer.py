@@ -420,3 +420,10 @@ def test_a_calibrated_mixer_weighs_scores_by_the_hidden_states(llama, kind):
 def test_negative_ends(sizes):
     with pytest.raises(ValueError, match="sink_size and recent_size must be at least 0"):
         RoutedScorer(default_experts(), {}, *sizes)
+
+
+def test_a_chunk_of_nothing_but_padding(llama):
+    ids, mask = batch_of([8])
+    for spec in ("topk_balanced", "pikv"):
+        padded = read(llama, calibrated_press(llama, spec, 0.3), [(ids, torch.zeros_like(mask)), (ids, mask)])
+        assert kept(padded) == kept(read(llama, calibrated_press(llama, spec, 0.3), [(ids, mask)]))

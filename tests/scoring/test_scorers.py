@@ -7,7 +7,7 @@ from pikv.presses.h2o import ObservedAttentionScorer
 from pikv.presses.knorm import KeyNormScorer
 from pikv.routing.experts import default_experts
 from pikv.routing.experts.ends import EndsExpert
-from pikv.scoring.position import PositionScorer
+from pikv.scoring.position import PositionScorer, ends_first
 from pikv.scoring.window import WindowScorer
 
 GROUP = HEADS // KV_HEADS
@@ -31,6 +31,20 @@ def test_position_puts_sinks_first_then_the_newest():
         sinks = [p for p in positions if p < 3]
         ranked = [positions[i] for i in scores[b, g, valid].argsort(descending=True).tolist()]
         assert ranked == sinks + sorted((p for p in positions if p >= 3), reverse=True)
+
+
+def test_the_ends_come_first_also_where_scores_are_infinite():
+    view = ragged_view()
+    finite = torch.rand(view.kept.positions.shape, generator=torch.Generator().manual_seed(1))
+    finite[0, :, 10] = 5.0  # the best of the finite ones
+    infinite = finite.clone()
+    infinite[0, :, 10], infinite[1, :, 9] = float("inf"), -float("inf")
+    ranked, expected = (ends_first(view, scores, 3, 4).argsort(dim=2, descending=True) for scores in (infinite, finite))
+    for g in range(KV_HEADS):
+        length = int(view.kept.lengths[0, g])
+        order = [slot for slot in ranked[0, g].tolist() if slot < length]
+        assert order == [slot for slot in expected[0, g].tolist() if slot < length]
+    assert ends_first(view, infinite, 3, 4)[0].isfinite().all()
 
 
 def test_observed_attention_is_the_mean_over_heads_of_the_summed_attention():

@@ -79,7 +79,22 @@ class FreeStage(Stage):
     smallest_row: Callable[[int], int]
 
     def decide(self, view: LayerView) -> Decision:
-        return Decision(kept=self.compress(view))
+        kept = self.compress(view)
+        if kept is not None:
+            self._check(kept, view.kept.lengths.flatten().tolist())
+        return Decision(kept=kept)
+
+    def _check(self, kept: Any, lengths: Sequence[int]) -> None:
+        """Raises ValueError unless ``kept`` names tokens of every row."""
+        expected = f"compress of {self.press!r} must return, or None, for each of the {len(lengths)} rows its tokens to keep"
+        if not isinstance(kept, Sequence) or len(kept) != len(lengths):
+            raise ValueError(f"{expected}; it returned {_described(kept)}")
+        for row, length in zip(kept, lengths, strict=True):
+            if not isinstance(row, Tensor) or row.dtype != torch.int64 or row.dim() != 1:
+                raise ValueError(f"{expected} as a tensor [n] of int64; one is {_described(row)}")
+            ends = torch.tensor([-1]), row.cpu(), torch.tensor([length])
+            if bool((torch.cat(ends).diff() <= 0).any()):
+                raise ValueError(f"{expected}, ascending numbers below its length; one does not ascend, or leaves its {length}")
 
     def min_kept(self, num_tokens: int) -> int:
         return self.smallest_row(num_tokens)
@@ -118,7 +133,7 @@ class ScoredStage(Stage):
             self.observe(view)
             return Decision(kept=None, target_lengths=target_lengths)
         view = replace(view, budget=torch.minimum(target_lengths, lengths))
-        scores, num_protected = self.scorer.score(view), torch.zeros_like(lengths)
+        scores, num_protected = self._scores(view), torch.zeros_like(lengths)
         if self.protected:
             protected = self._is_protected(view)
             scores, num_protected = scores.masked_fill(protected, float("inf")), protected.sum(2).cpu()
@@ -126,6 +141,21 @@ class ScoredStage(Stage):
             return self._decide_jointly(self.budget, view, scores, target_lengths, num_protected)
         counts = torch.maximum(self.budget.counts(view, scores, target_lengths), num_protected)
         return Decision(kept=select(scores, counts, lengths), target_lengths=target_lengths)
+
+    def _scores(self, view: LayerView) -> Tensor:
+        """The scorer's scores.
+
+        Raises:
+            ValueError: if they are none, or not one for each token.
+        """
+        scores: Any = self.scorer.score(view)
+        expected = tuple(view.kept.positions.shape)
+        if not isinstance(scores, Tensor) or scores.shape != expected:
+            name = f"{type(self.scorer).__name__} of {self.press!r}"
+            raise ValueError(
+                f"{name} must return scores {list(expected)}, one for each token; it returned {_described(scores)}"
+            )
+        return scores
 
     def _is_protected(self, view: LayerView) -> Tensor:
         positions = view.kept.positions
@@ -158,6 +188,12 @@ class ScoredStage(Stage):
 
     def min_kept(self, num_tokens: int) -> int:
         return self.budget.min_kept(num_tokens)
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor {list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+    return f"{len(found)} of them" if isinstance(found, list | tuple) else f"an object of type {type(found).__name__}"
 
 
 def joined(stages: Sequence[Stage], press: Recorder) -> list[Stage]:

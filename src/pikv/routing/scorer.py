@@ -83,7 +83,8 @@ class RoutedScorer(Scorer):
         device = view.kept.device  # layers may be spread over several
         mixer = self.mixers[view.layer_idx].to(device)
         router, batch = mixer.router, len(view.is_token)
-        weights = torch.full((batch, int(view.seen.max()), router.num_experts), float("nan"), device=device)
+        num_positions = max(1, int(view.seen.max()))  # one that nobody asks for, where all is padding
+        weights = torch.full((batch, num_positions, router.num_experts), float("nan"), device=device)
         key, routings = _state_key(mixer, self.experts), []
         if router.calibrated:
             hits, positions = view.state.get((Hits, *key)), view.query_positions

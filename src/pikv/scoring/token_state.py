@@ -40,9 +40,9 @@ class TokenState(RowState):
     def keep_only(self, positions: Tensor) -> None:
         """Forgets all tokens but those at ``positions`` ``[B, G, L]`` (ascending, -1 behind a row's end)."""
         values, found = self._find(positions)
-        longest = int(found.sum(2).max())  # tokens that came later stand behind these
-        self.positions = positions.masked_fill(~found, _NO_TOKEN)[..., :longest].contiguous()
-        self.values = values[..., :longest].contiguous()
+        order = (~found).byte().argsort(dim=2, stable=True)[..., : int(found.sum(2).max())]
+        self.positions = positions.masked_fill(~found, _NO_TOKEN).gather(2, order)
+        self.values = values.gather(2, order)
 
     def _find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of the tokens at ``positions``, and whether there are any, ``[B, G, L]`` each."""

@@ -43,7 +43,7 @@ def keep_window(view: LayerView, scores: Tensor, window_size: int, kernel_size: 
     """Smooths the scores of what came before the window, and puts the window itself before it, the newest token first."""
     in_window = view.kept.positions >= (view.seen - window_size).view(-1, 1, 1).to(scores.device)
     scores = scores.masked_fill(in_window, 0.0)
-    if kernel_size > 1:
+    if kernel_size > 1 and scores.shape[2]:
         scores = avg_pool1d(scores, kernel_size, padding=kernel_size // 2, stride=1)
     return ends_first(view, scores, sink_size=0, recent_size=window_size)
 
@@ -76,8 +76,8 @@ class LastQueries:
     def by_head(self, block: BlockView, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """Asks ``reduce`` for ``[n, h, ...]`` about the attention ``[n, h, window, L]`` that they pay a block's tokens.
 
-        All query heads of a KV head come together, or one after the other where that would be much. Queries that there are
-        not have weights of zero.
+        All query heads of a KV head come together, or one after the other where that would be much. Missing queries have
+        zero weights.
 
         Returns:
             ``[n, H / G, ...]``
