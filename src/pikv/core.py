@@ -21,7 +21,7 @@ from pikv.cache.row_state import ContiguousPositions, RowState
 from pikv.cache.rows import RaggedRows
 
 MAX_NUMBERS = 1 << 22
-"""Numbers that exist at a time where something is worked through in pieces."""
+"""Upper bound on the elements of temporary tensors in blockwise computations."""
 
 Kept = Sequence[Tensor]
 """For every row ``b * G + g`` the numbers of the tokens to keep within the row, ascending (int64)."""
@@ -29,7 +29,7 @@ Kept = Sequence[Tensor]
 
 @contextmanager
 def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """What decisions are computed in: no gradients, and the data types that are written, also under ``torch.autocast``."""
+    """Runs decisions without gradients and without autocast."""
     is_cast = torch.is_autocast_enabled(device.type)
     with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_cast else nullcontext():
         yield
@@ -71,7 +71,7 @@ class AttentionCall:
         return list(self.rows.seen)
 
     def newest_column(self) -> AttentionCall:
-        """The same with the last column alone, for who need not hold on to all queries and hidden states."""
+        """The same call with its last column only, for callers that do not need all queries and hidden states."""
         is_token = None if self.is_token is None else self.is_token[:, -1:]
         return replace(
             self,
@@ -100,10 +100,10 @@ class Needs:
     """What a scorer or a budget looks at, beside positions, keys and values; nothing else is prepared or held for it.
 
     Attributes:
-        queries: the queries or hidden states of the newest tokens
-        logsumexp: the log-sum-exp of a prefill's attention, which takes a moment to get hold of
-        observes: every context that is read, also where nothing has to be decided yet, to note what later scores need
-        reread: the attention that a second reading of the context pays
+        queries: whether the queries or hidden states of the newest tokens are used
+        logsumexp: whether the log-sum-exp of a prefill's attention is used; capturing it costs extra work
+        observes: whether it is shown every context that is read, also when nothing is decided, to note what later scores need
+        reread: how to read the context a second time, or None
         noted_bytes: bytes that are kept beside the rows, at most, for each token that a row holds
     """
 

@@ -85,12 +85,12 @@ def test_a_head_that_is_not_read_keeps_the_window_alone():
     assert share_by_profile(profiles, 100, 5, 10).tolist() == [[8, 2]]
 
 
-def test_profiles_of_what_was_taken():
-    taken = torch.rand(2, 3, 1000)
-    profile = profile_of(taken)
+def test_profiles_of_what_was_read():
+    attention = torch.rand(2, 3, 1000)
+    profile = profile_of(attention)
     assert profile.shape == (2, 3, NUM_CELLS)
     assert bool((profile.diff(dim=-1) <= 0).all())
-    ranked = taken.sort(dim=-1, descending=True).values
+    ranked = attention.sort(dim=-1, descending=True).values
     places = (torch.arange(NUM_CELLS) + 0.5) / NUM_CELLS * 1000 - 0.5
     expected = torch.lerp(ranked[..., places.floor().long()], ranked[..., places.ceil().long()], places.frac())
     torch.testing.assert_close(profile, expected)

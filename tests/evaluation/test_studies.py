@@ -14,7 +14,7 @@ from pikv.evaluation.report.study import study_tables, write_study
 from pikv.evaluation.studies.base import Study
 from pikv.evaluation.studies.calibration import CALIBRATION
 from pikv.evaluation.studies.eplb_duo import DUO, EPLB_DUO
-from pikv.evaluation.studies.presses import COMBINATIONS, PRESSES, routed
+from pikv.evaluation.studies.presses import COMBINATIONS, STUDY_PRESSES, routed
 from pikv.evaluation.studies.registry import RATIOS, STUDIES, get_study
 from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
 from pikv.evaluation.summary import measurements_frame, summary_frame
@@ -48,11 +48,11 @@ def combos():
     ("name", "labels"),
     [
         ("routers", moes),
-        ("presses", lambda: [*PRESSES, *moes()]),
-        ("combos", lambda: [*PRESSES, *moes(), *COMBINATIONS]),
+        ("presses", lambda: [*STUDY_PRESSES, *moes()]),
+        ("combos", lambda: [*STUDY_PRESSES, *moes(), *COMBINATIONS]),
         ("sensitivity", lambda: [f"moe_pikv:{ratio}" for ratio in RATIOS]),
         ("experts", lambda: list(EXPERTS)),
-        ("benchmark", lambda: [*PRESSES, *moes(), "duo:0.2+moe_pikv:0.2"]),
+        ("benchmark", lambda: [*STUDY_PRESSES, *moes(), "duo:0.2+moe_pikv:0.2"]),
     ],
 )
 def test_a_study_measures_all_that_is_registered(name, labels, combos):
@@ -114,7 +114,9 @@ def test_retention_experts_differ_in_what_they_keep_not_in_how_much(monkeypatch)
 
 
 def test_quality_where_answers_are_known(tmp_path):
-    study = Study(name="two", description="heads or routers", builders=lambda: {**PRESSES, "moe_eplb": routed("eplb", 0.3)})
+    study = Study(
+        name="two", description="heads or routers", builders=lambda: {**STUDY_PRESSES, "moe_eplb": routed("eplb", 0.3)}
+    )
     result = run(study, **DEMO)
     summary = summary_frame(result).set_index("method")
     assert summary.loc["none", "accuracy"] == summary.loc["none", "agreement"] == 1
@@ -149,7 +151,7 @@ def test_files(combos, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_figures():
-    study = Study(name="one", description="", builders=lambda: {"adakv": PRESSES["adakv"]})
+    study = Study(name="one", description="", builders=lambda: {"adakv": STUDY_PRESSES["adakv"]})
     kept = [run(study, seed=seed, num_tokens=60, repeats=1).measurements[-1].kept for seed in (1, 1, 2)]
     assert kept[0] == kept[1] != kept[2]
 
@@ -243,7 +245,7 @@ def test_presses_of_one_study_generate_only_where_that_is_asked_for(combos):
 def test_default_lengths_follow_the_positions_of_the_model(tmp_path, family, name):
     build(family, vocab_size=512, **{name: 512}).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    study = Study(name="one", description="", builders=lambda: {"adakv": PRESSES["adakv"]})
+    study = Study(name="one", description="", builders=lambda: {"adakv": STUDY_PRESSES["adakv"]})
     settings = {**DEMO, "num_tokens": None, "num_records": 40, "num_contexts": 1, "num_questions": 1, "batch_size": 1}
     result = run(study, model=str(tmp_path), **settings)
     assert result.config["num_tokens"] == 512 - 32 - 16 == result.quality[0].num_tokens

@@ -74,7 +74,7 @@ def share_by_profile(profiles: Tensor, num_given: int, mean: int, window_size: i
     return (extra + floor).view(num_layers, heads)
 
 
-def profile_of(taken: Tensor) -> Tensor:
-    """The profile of what was taken from each token of each head, ``[num_layers, G, T]`` to ``[num_layers, G, P]``."""
-    ranked = taken.float().sort(dim=-1, descending=True).values
+def profile_of(attention: Tensor) -> Tensor:
+    """The profile of how much each token of each head was read, ``[num_layers, G, T]`` to ``[num_layers, G, P]``."""
+    ranked = attention.float().sort(dim=-1, descending=True).values
     return interpolate(ranked, size=NUM_CELLS, mode="linear", align_corners=False)

@@ -78,7 +78,7 @@ class Trainer:
         self.profiles = torch.zeros(0)
         self.devices: list[torch.device] = []  # of the layers
         self.statistics = TargetStatistics.of(self._read(sample) for sample in first)
-        self.mixers = {kind: [self._new_panel(kind).to(device) for device in self.devices] for kind in settings.kinds}
+        self.mixers = {kind: [self._new_mixer(kind).to(device) for device in self.devices] for kind in settings.kinds}
         self.optimizer = torch.optim.Adam(self._parameter_groups())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -121,7 +121,7 @@ class Trainer:
             totals = read.sum((0, 1))
             mixer.router.update_hit_rates(torch.minimum((read * kept.unsqueeze(2)).sum((0, 1)), totals), totals)
 
-    def _new_panel(self, kind: str) -> ExpertMixer:
+    def _new_mixer(self, kind: str) -> ExpertMixer:
         hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
         router = self.settings.new_router(kind, hidden_size, len(self.experts))
         heads = self.statistics.mean.shape[1]

@@ -1,4 +1,4 @@
-"""``pikv methods``: what there is."""
+"""``pikv methods``: lists the presses."""
 
 from rich.console import Console
 from rich.table import Table

@@ -18,7 +18,7 @@ class PressInfo:
 
     Attributes:
         name: what specifications call it
-        description: the first sentence of its documentation
+        description: the first line of its documentation
         group: one of ``GROUPS``
         paper: its number on arXiv
         wraps: for presses around another one, the name of the one that they wrap if nothing else is said
@@ -55,7 +55,7 @@ def public_classes() -> Mapping[str, str]:
     }
 
 
-def first_sentence(documentation: str | None) -> str:
+def first_line(documentation: str | None) -> str:
     """The first line of a documentation, as plain text."""
     return (documentation or "").strip().split("\n")[0].replace("``", "")
 
@@ -78,5 +78,5 @@ def _registered(module: str, parsed: ast.Module) -> Iterator[PressInfo]:
                 continue
             assert isinstance(node, ast.ClassDef)
             given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-            given.setdefault("description", first_sentence(ast.get_docstring(node)))
+            given.setdefault("description", first_line(ast.get_docstring(node)))
             yield PressInfo(name=ast.literal_eval(call.args[0]), module=module, class_name=node.name, **given)

@@ -98,8 +98,8 @@ class KVzipPress(ScorerPress):
     """Keeps what the model attends to when it reads the context a second time (KVzip, arXiv 2505.23416).
 
     Good for questions that come later, at the price of reading the context twice, the second time against all of the cache.
-    Tokens are shared out over all layers and heads by
-    score, or with ``layerwise`` over the heads of each layer; for equal shares use a ``ScorerPress``. Needs ``input_ids``.
+    Tokens are shared out over all layers and heads by score, or with ``layerwise`` over the heads of each layer; for equal
+    shares use a ``ScorerPress``. Needs ``input_ids``.
     """
 
     def __init__(

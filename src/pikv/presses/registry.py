@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from pikv.presses.base import BasePress
-from pikv.presses.catalog import GROUPS, PressInfo, catalog, first_sentence
+from pikv.presses.catalog import GROUPS, PressInfo, catalog, first_line
 from pikv.presses.scorer import own_scorer_press
 from pikv.registry import Registry
 from pikv.scoring.base import Scorer
@@ -33,7 +33,7 @@ def entry_of(name: str, kind: Any, **about: Any) -> PressEntry:
     if not (isinstance(press, type) and issubclass(press, BasePress)):
         said = f"the class {kind.__name__}" if isinstance(kind, type) else f"an object of type {type(kind).__name__}"
         raise ValueError(f"{name} is no press: expected a class that derives from BasePress, ScorerPress or Scorer, got {said}")
-    about.setdefault("description", first_sentence(kind.__doc__))
+    about.setdefault("description", first_line(kind.__doc__))
     info = PressInfo(name=name, module=kind.__module__, class_name=kind.__name__, **about)
     if info.group not in GROUPS:
         raise ValueError(f"press {name!r}: unknown group {info.group!r}; available: {', '.join(GROUPS)}")
@@ -89,7 +89,7 @@ def register_press(
     Args:
         name: what specifications call it from then on; a press of that name that there was before is replaced
         kind: a class that derives from ``BasePress``, or from ``Scorer``
-        description: the first sentence of its documentation, if nothing else is said
+        description: the first line of its documentation, if nothing else is said
         group: where it is listed
         paper: its number on arXiv
         wraps: for a press whose first argument is another press, the name of the one to take if none is said

@@ -66,7 +66,7 @@ def duo_and_router(router_type: str, compression_ratio: float) -> Builder:
     )
 
 
-PRESSES: dict[str, Builder] = {
+STUDY_PRESSES: dict[str, Builder] = {
     "duo_attention": lambda settings: DuoAttentionPress(head_compression_ratio=0.3),
     "adakv": lambda settings: AdaKVPress(SnapKVPress(0.3)),
 }
@@ -90,4 +90,4 @@ def router_presses(compression_ratio: float) -> dict[str, Builder]:
 
 def single_presses() -> dict[str, Builder]:
     """Every press that is no combination, routers at the ratio of the others."""
-    return {**PRESSES, **router_presses(0.3)}
+    return {**STUDY_PRESSES, **router_presses(0.3)}
