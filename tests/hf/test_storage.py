@@ -587,3 +587,12 @@ def test_what_a_killed_process_left_is_removed(llama, tmp_path):
     busy.write_bytes(b"half")
     read(llama, [12]).save(tmp_path / "cache")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", busy.name])
+
+
+def test_a_cache_that_was_cut_back_is_had_back(llama, tmp_path):
+    cache = read(llama, [200])
+    cache.crop(3)
+    loaded = reload(cache, llama, tmp_path / "cache")
+    assert loaded.get_seq_length() == 3
+    assert loaded.nbytes < cache.nbytes  # the room of what was taken back is not kept
+    assert all(torch.equal(*pair) for pair in zip(go_on(llama, loaded), go_on(llama, cache), strict=True))

@@ -217,6 +217,10 @@ class ModelHooks:
     def _opener_of(self, cache: PiKVCache) -> Opener:
         """What the press that a cache carries follows its forward passes with."""
         opener = self.openers.get(cache)
+        if opener is None and cache not in self.makers:
+            raise ValueError(
+                "this cache carries a press and is of no model yet: a cache from a pickle needs attach_to(model.config)"
+            )
         if opener is None:
             opener = self.openers[cache] = self.makers[cache]()
         return opener
