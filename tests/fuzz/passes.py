@@ -23,12 +23,11 @@ from transcript import Transcript, require
 import pikv
 from calibrated import random_calibration
 from pikv import PiKVCache
-from pikv.hf.forward_pass import ForwardPass
 from pikv.routing import use_calibration
 from tiny import build
 
 # Whether forward passes are interrupted, and refusals in the middle of one must leave the cache usable.
-INTERRUPTIONS = hasattr(ForwardPass, "undo")
+INTERRUPTIONS = True
 MAX_COLUMNS = 200
 MAX_BATCH_SIZE = 6
 VOCABULARY = 512  # so many different words that keys of a context do not tie
@@ -270,7 +269,7 @@ class Passes:
 
     def _settle(self) -> None:
         """Has what an interrupted pass left taken back, as the next operation would."""
-        self.cache.crop(0)
+        self.cache.undo_interrupted()
 
     def _check(self) -> None:
         """What always holds."""

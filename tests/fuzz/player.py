@@ -148,7 +148,9 @@ class Player(Passes):
         self._replace_cache(copy.deepcopy(self.cache))
 
     def pickle(self, rng: Random) -> None:
-        self._replace_cache(pickle.loads(pickle.dumps(self.cache)))
+        cache = pickle.loads(pickle.dumps(self.cache))
+        cache.attach_to(self.model.config)
+        self._replace_cache(cache)
 
     def detour(self, rng: Random, columns: int, padding: str, press: int | None, how: str, chunk_size: int | None) -> None:
         """A copy goes another way; the cache must not notice."""
@@ -186,7 +188,7 @@ class Player(Passes):
             joined, truth = PiKVCache.concat([self.cache, other]), self.truth.joined(other_truth)
         else:
             joined, truth = PiKVCache.concat([other, self.cache]), other_truth.joined(self.truth)
-        if hasattr(joined, "attention_mask"):
+        if joined.forward_pass.is_padded_in_front:
             counts = joined.attention_mask().sum(1)
             require(torch.equal(counts, truth.mask.sum(1)), f"attention_mask() has {counts.tolist()} tokens")
         self._replace_cache(joined, truth)

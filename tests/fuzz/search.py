@@ -18,16 +18,7 @@ from plan import Conversation, plan
 from player import Player, compare_alone
 
 # What is known to go wrong and waits for its repair: patterns of the error, and of the conversation. To be empty.
-KNOWN = (
-    ("multiple values for keyword argument 'rotary'", "keyrotation"),
-    ("cannot reshape tensor of 0 elements", "keyrotation"),
-    ("index is out of bounds for dimension with size 0", "pikv|eplb|base|topk_balanced|adaptive|hierarchical"),
-    (r"Expected 3D or 4D \(batch mode\) tensor", "snapkv|cake|pyramidkv|adakv|chunk|criticalkv|keyrotation|headwise"),
-    ("Sizes of tensors must match except in dimension 1", "DecodingPress"),
-    ("AssertionError: $", "kvzip"),
-    ("sequence . alone", "kvzip"),
-    ("after a refusal layers have seen", "kvzip"),  # it refuses after the pass, which is stored by then
-)
+KNOWN: tuple[tuple[str, str], ...] = ()
 
 
 class ConversationError(Exception):

@@ -195,7 +195,7 @@ def test_what_cannot_be_selected_or_joined_is_refused(llama):
     for wrong in ([], [1], [-2]):
         with pytest.raises(ValueError, match="numbers of the 1 sequences"):
             cache.select(wrong)
-    with pytest.raises(ValueError, match="at least one cache"):
+    with pytest.raises(ValueError, match="at least one PiKVCache"):
         PiKVCache.concat([])
     with pytest.raises(ValueError, match="empty"):
         PiKVCache.concat([cache, PiKVCache(llama.config)])

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from pikv import PiKVCache, get_press, prefill
 from pikv.hf.hooks import observe
-from pikv.presses import DuoAttentionPress, KnormPress, NoCompressionPress, StreamingLLMPress
+from pikv.presses import DuoAttentionPress, KnormPress, NoCompressionPress, SnapKVPress, StreamingLLMPress
 from tiny import batch_of, build
 
 
@@ -166,3 +166,34 @@ def test_refusals_come_before_anything_is_computed(llama):
     llama(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="assisted generation"):
         llama.generate(batch_of([30])[0], past_key_values=cache, prompt_lookup_num_tokens=2, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_a_cache_lets_go_of_its_press(llama):
+    cache = PiKVCache(llama.config, press=SnapKVPress(0.5, window_size=4))
+    llama(batch_of([40])[0], past_key_values=cache)
+    cache.press = None
+    question = batch_of([6], seed=1)[0]
+    llama(question, past_key_values=cache)
+    assert cache.lengths(0).tolist() == [[26] * 4]
+    cache.crop(40)
+    assert cache.lengths(0).tolist() == [[20] * 4]
+    with pytest.raises(ValueError, match="can only let go of it"):
+        cache.press = SnapKVPress(0.5)
+
+
+@torch.no_grad()
+def test_a_loaded_cache_may_carry_a_press(llama, tmp_path):
+    cache = PiKVCache(llama.config)
+    llama(batch_of([40])[0], past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    loaded = PiKVCache.load(tmp_path / "cache", llama.config, press=SnapKVPress(0.5, window_size=4))
+    llama(batch_of([6], seed=1)[0], past_key_values=loaded)
+    assert loaded.lengths(0).tolist() == [[23] * 4]
+
+
+def test_a_cache_is_made_of_a_configuration(llama):
+    with pytest.raises(ValueError, match="not the model itself"):
+        PiKVCache(llama)
+    with pytest.raises(ValueError, match="a model's config, not None"):
+        PiKVCache(None)

@@ -602,3 +602,12 @@ def test_threads_save_to_one_path(llama, tmp_path):
         list(pool.map(lambda cache: [cache.save(tmp_path / "cache") for _ in range(10)], caches))
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert PiKVCache.load(tmp_path / "cache", llama.config).get_seq_length() in (12, 13, 14, 15)
+
+
+def test_a_cache_that_was_cut_back_is_had_back(llama, tmp_path):
+    cache = read(llama, [200])
+    cache.crop(3)
+    loaded = reload(cache, llama, tmp_path / "cache")
+    assert loaded.get_seq_length() == 3
+    assert loaded.nbytes < cache.nbytes  # the room of what was taken back is not kept
+    assert all(torch.equal(*pair) for pair in zip(go_on(llama, loaded), go_on(llama, cache), strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pikv.attention.params import AttentionParams
 from pikv.attention.partial import merge_parts, with_sinks
 from pikv.cache.formats.base import Segment, format_named
-from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
+from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, largest_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
 from pikv.indices import index_tensor
 
@@ -271,7 +271,7 @@ class RowBlock:
         state = {"row_ids": self.row_ids, "segments": described}
         if self._positions is not None:
             tensors["positions"] = self.kept_positions()
-            state["positions_capacity"] = self._positions.shape[1]
+            state["positions_capacity"] = min(self._positions.shape[1], largest_capacity(self.length))
         return tensors, state
 
     @classmethod
@@ -295,7 +295,7 @@ class RowBlock:
             if positions.dtype != torch.int32 or tuple(positions.shape) != (len(block.row_ids), block.length):
                 raise ValueError(f"positions {positions.dtype} {list(positions.shape)} for {block.length} tokens")
             capacity = state.get("positions_capacity", block.num_sealed + tail.capacity)
-            if not block.length <= capacity <= grown_capacity(2 * block.length + 1):
+            if not block.length <= capacity <= largest_capacity(block.length):
                 raise ValueError(f"a capacity of {capacity} for {block.length} positions")
             block._positions = spread(positions, capacity, device)
         return block

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class RaggedRows:
         rows.num_evictions = 0
         rows._table = None
         return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_table": None}  # it holds addresses of this object's tensors
 
     @property
     def nbytes(self) -> int:

@@ -55,13 +55,13 @@ class PiKVCache(Cache):
     """
 
     def __init__(self, config: Any, press: Any = None) -> None:
-        if press is not None and not hasattr(press, "carried_by"):
-            raise ValueError(f"press must be a press, such as SnapKVPress(0.5), not {press!r}")
-        self._build(config)
-        self.press = press
+        self._build(config, _checked(press))
         self._arrive()
 
-    def _build(self, config: Any) -> None:
+    def _build(self, config: Any, press: Any) -> None:
+        if not hasattr(config, "get_text_config"):
+            hint = "model.config, not the model itself" if hasattr(config, "config") else f"a model's config, not {config!r}"
+            raise ValueError(f"PiKVCache takes {hint}")
         config = config.get_text_config(decoder=True)
         self.config = config
         self.ragged_layers = ragged_layers(config)
@@ -73,7 +73,19 @@ class PiKVCache(Cache):
         layers = [self._new_layer(index) for index in range(config.num_hidden_layers)]
         self.forward_pass.layers = layers
         super().__init__(layers=layers)
-        self.press = None
+        self._press = press
+
+    @property
+    def press(self) -> Any:
+        """The press that the cache carries, or None; ``cache.press = None`` lets go of it."""
+        return self._press
+
+    @press.setter
+    def press(self, press: None) -> None:
+        if press is not None:
+            raise ValueError("a cache carries the press that it was made with; it can only let go of it: cache.press = None")
+        self._press = None
+        self.forward_pass.has_press = False
 
     def _arrive(self) -> None:
         """Directs the model's attention here, and the press that the cache carries."""
@@ -118,7 +130,9 @@ class PiKVCache(Cache):
         write_layers(path, self.layers, self.config)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], config: Any, device: str | torch.device = "cpu") -> "PiKVCache":
+    def load(
+        cls, path: str | os.PathLike[str], config: Any, device: str | torch.device = "cpu", *, press: Any = None
+    ) -> "PiKVCache":
         """Reads a saved cache, which then goes on as the one that was saved.
 
         What presses noted beside its rows, such as KVzip's earlier scores, is not in the file. ``config`` must be that of a
@@ -129,7 +143,7 @@ class PiKVCache(Cache):
         """
         saved = read_layers(path, config)
         cache = cls.__new__(cls)
-        cache._build(config)
+        cache._build(config, _checked(press))
         if len(saved) != len(cache.layers):
             raise ValueError(f"cannot read {path}: {len(saved)} layers were saved, the model has {len(cache.layers)}")
         try:
@@ -221,6 +235,9 @@ class PiKVCache(Cache):
             ValueError: if tokens were evicted or slid out of a window since they came, or padding came with them; then
                 nothing is changed.
         """
+        if not isinstance(max_length, Integral) or isinstance(max_length, bool):
+            raise ValueError(f"crop takes a number of tokens, not {max_length!r}")
+        max_length = int(max_length)
         self.forward_pass.undo()
         num_tokens = num_beyond(max_length, self.get_seq_length())
         for layer in self.layers:
@@ -263,7 +280,7 @@ class PiKVCache(Cache):
         """Drops what came since ``mark``, though tokens from before may have been evicted meanwhile: these stay evicted."""
         for layer, before in zip(self.layers, mark.layers, strict=True):
             layer.take_back(before)
-            layer.undo = None
+        self.forward_pass.forget()
         self.forward_pass.is_padded_in_front = mark.is_padded_in_front
         self._note_takeback()
 
@@ -294,8 +311,8 @@ class PiKVCache(Cache):
         Raises:
             ValueError: for no caches, empty ones, caches of different models, data types or devices, or with different presses.
         """
-        if not caches:
-            raise ValueError("concat needs at least one cache")
+        if not isinstance(caches, Sequence) or not caches or not all(isinstance(cache, PiKVCache) for cache in caches):
+            raise ValueError("concat needs a list of at least one PiKVCache")
         first = caches[0]
         for cache in caches:
             cache._batch_size()
@@ -348,13 +365,13 @@ class PiKVCache(Cache):
         self._forget_marks()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        check_count(repeats, "repeats")
         self.forward_pass.undo()
         super().batch_repeat_interleave(repeats)
         self._forget_marks()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.forward_pass.undo()
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(torch.tensor(self._chosen(beam_idx)))
         self._forget_marks()
 
     def _chosen(self, sequences: Sequence[int] | Tensor) -> list[int]:
@@ -423,6 +440,17 @@ class PiKVCache(Cache):
         num_rows = rows.batch_size * rows.num_kv_heads
         num_tokens: int = sum(min(layer.sliding_window, max(rows.seen)) for layer in sliding)
         return num_tokens * num_rows * rows.bytes_per_token
+
+
+def _checked(press: Any) -> Any:
+    """A press for a cache to carry.
+
+    Raises:
+        ValueError: for what is not a press.
+    """
+    if press is not None and (not hasattr(press, "carried_by") or isinstance(press, type)):
+        raise ValueError(f"press must be a press, such as SnapKVPress(0.5), not {press!r}")
+    return press
 
 
 def is_empty_dynamic(cache: Any) -> bool:

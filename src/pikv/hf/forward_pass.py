@@ -30,6 +30,7 @@ class ForwardPass:
         self.num_new = 0
         self.columns = 0
         self.mask: TokenMask | None = None
+        self._undo: list[tuple[Any, Any]] = []  # layers that the pass at hand reached, and where they stood
         self.has_press = False
         self.is_padded_in_front = self._was_padded_in_front = True
         self._num_finished = 0
@@ -77,20 +78,32 @@ class ForwardPass:
                 "cache from a pickle needs attach_to(model.config)"
             )
 
+    def enter(self, layer: Any) -> None:
+        """Notes where a layer stands that is about to store its tokens."""
+        self._undo.append((layer, layer.mark()))
+
+    def mark_of(self, layer: Any) -> Any:
+        """Where a layer stood before the pass at hand; None between passes, and if the pass did not reach it."""
+        return next((mark for each, mark in self._undo if each is layer), None) if self._undo else None
+
     def finish(self) -> None:
-        """Notes that a further layer is done; what it would take to undo the pass is dropped once all are."""
+        """Notes that a further layer is done; what it would take to undo the pass is dropped at once when all are."""
         self._num_finished += 1
         if self._num_finished == len(self.layers):
-            for each in self.layers:
-                each.undo = None
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops what it would take to undo the pass."""
+        self._undo = []
 
     def undo(self) -> None:
         """Takes back what an interrupted pass left in the layers; nothing happens if there is nothing to be undone."""
-        for layer in self.layers:
-            if layer.undo is not None:
-                layer.take_back(layer.undo)
-                layer.undo = None
-                self.is_padded_in_front = self._was_padded_in_front
+        if not self._undo:
+            return
+        for layer, mark in self._undo:
+            layer.take_back(mark)
+        self.is_padded_in_front = self._was_padded_in_front
+        self.forget()
 
 
 class ForwardPassLength(int):

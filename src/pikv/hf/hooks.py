@@ -147,12 +147,21 @@ class ModelHooks:
         decoder = model.get_decoder()  # reached by model(...) and by model.model(...)
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         before, after, inside = (_Hook(self, act) for act in (self.enter_model, self.leave_model, self.enter_attention))
-        self.handles = [
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, always_call=True),
-            *(module.register_forward_pre_hook(inside, with_kwargs=True) for module in self.modules),
-            Uncompiled(decoder),  # what a cache hands from call to call is nothing that compiled code can follow
-        ]
+        self.handles: list[Any] = []
+        try:
+            self.handles.append(decoder.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(decoder.register_forward_hook(after, always_call=True))
+            for module in self.modules:
+                self.handles.append(module.register_forward_pre_hook(inside, with_kwargs=True))
+            self.handles.append(Uncompiled(decoder))  # compiled code cannot follow what a cache hands from call to call
+        except BaseException:  # interrupted: nothing may stay that acts without the rest
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self.handles:
+            handle.remove()
 
     def release(self, model: Any) -> None:
         """Takes the hooks off when nobody needs them any more, and what guards ``model.generate``."""
@@ -161,8 +170,7 @@ class ModelHooks:
                 unguard(model)
             self.num_holders -= 1
             if self.num_holders == 0:
-                for handle in self.handles:
-                    handle.remove()
+                self.remove()
 
     def is_followed(self, cache: Any) -> bool:
         """Whether a forward pass in this context, on this cache or on none, would be."""
@@ -215,6 +223,10 @@ class ModelHooks:
     def _opener_of(self, cache: PiKVCache) -> Opener:
         """What the press that a cache carries follows its forward passes with."""
         opener = self.openers.get(cache)
+        if opener is None and cache not in self.makers:
+            raise ValueError(
+                "this cache carries a press and is of no model yet: a cache from a pickle needs attach_to(model.config)"
+            )
         if opener is None:
             opener = self.openers[cache] = self.makers[cache]()
         return opener

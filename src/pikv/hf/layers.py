@@ -42,7 +42,6 @@ class PiKVLayer(HFLayer):
         columns: seen, padding included
         mask: where the newest columns are tokens, on this layer's device
         state: running state that lies beside the rows, by owner
-        undo: where the layer stood before the pass at hand; None between passes
     """
 
     is_sliding = False
@@ -57,7 +56,6 @@ class PiKVLayer(HFLayer):
         self.mask: TokenMask | None = None
         self.state: dict[Any, RowState] = {}
         self.is_handed_over = False
-        self.undo: LayerMark | None = None
         self.reason_broken: str | None = None  # why nothing can be read onto it any more
         self._last_serial = 0
 
@@ -101,7 +99,7 @@ class PiKVLayer(HFLayer):
         mask = self.forward_pass.mask
         if mask is not None and len(mask.counts) != key_states.shape[0]:
             raise ValueError(f"the attention mask is for {len(mask.counts)} sequences, the input has {key_states.shape[0]}")
-        self.undo = self.mark()  # from here on, there is something to be undone
+        self.forward_pass.enter(self)  # from here on, there is something to be undone
         self._last_serial = self.forward_pass.serial
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
@@ -117,7 +115,8 @@ class PiKVLayer(HFLayer):
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: position ids and attention masks go on from here, whatever was evicted."""
-        return self.columns if self.undo is None else self.undo.columns
+        before = self.forward_pass.mark_of(self)
+        return self.columns if before is None else int(before.columns)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """``query_length`` is a number, or in older releases of transformers the ``cache_position`` tensor."""

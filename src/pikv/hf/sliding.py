@@ -26,7 +26,6 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def __init__(self, forward_pass: ForwardPass, window: int) -> None:
         super().__init__(sliding_window=window)
         self.forward_pass = forward_pass
-        self.undo: SlidingMark | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +42,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self.forward_pass.check(key_states.shape[-2], self.cumulative_length)
         if self.cumulative_length:
             check_alike(self.keys, self.keys.shape[0], key_states)
-        self.undo = self.mark()
+        self.forward_pass.enter(self)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = self._let_go(self.keys), self._let_go(self.values)
         keys.pikv_layer = self
@@ -56,7 +55,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return tokens.clone() if tokens.untyped_storage().nbytes() > window_bytes else tokens
 
     def get_seq_length(self) -> int:
-        return self.cumulative_length if self.undo is None else self.undo[0]
+        before = self.forward_pass.mark_of(self)
+        return self.cumulative_length if before is None else int(before[0])
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         self.forward_pass.undo()

@@ -43,9 +43,10 @@ class Uncompiled(StandIn):
     """A module's ``forward`` that runs eagerly, where compiled code calls it too."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, "forward")
-        inner = getattr(self.own, "_torchdynamo_orig_callable", self.own)
+        own = vars(module).get("forward")
+        inner = getattr(own, "_torchdynamo_orig_callable", own)
         self.run = torch.compiler.disable(inner or functools.partial(type(module).forward, module))
+        super().__init__(module, "forward")  # last: it may be called as soon as it hangs there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)

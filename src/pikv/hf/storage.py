@@ -227,7 +227,14 @@ def _unpack_ragged(layer: Any, tensors: Tensors, state: State, device: torch.dev
     rows = RaggedRows.of(state["num_kv_heads"], blocks, state["seen"], state["seen_at_eviction"])
     rows.check_integrity(with_values=False)
     columns, at_padding = state["columns"], state["columns_at_padding"]
-    if not 0 <= at_padding <= columns or any(not 0 <= seen <= columns for seen in rows.seen):
+    numbers = [columns, at_padding, *rows.seen, *rows.seen_at_eviction]
+    if not all(type(number) is int for number in numbers) or len(rows.seen_at_eviction) != rows.batch_size:
+        raise ValueError("the numbers of tokens are not whole numbers, or too few")
+    if (
+        any(not 0 <= at <= seen for at, seen in zip(rows.seen_at_eviction, rows.seen, strict=True))
+        or not 0 <= at_padding <= columns
+        or any(not 0 <= seen <= columns for seen in rows.seen)
+    ):
         raise ValueError(f"{columns} columns, padding up to {at_padding}, and {rows.seen} tokens")
     layer.rows = rows
     layer.columns, layer.columns_at_padding = columns, at_padding

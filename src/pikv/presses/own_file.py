@@ -21,7 +21,11 @@ def entry_in_file(name: str) -> PressEntry:
         ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is no press.
     """
     path, _, class_name = name.rpartition(":")
-    module = _load(Path(path).expanduser())
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:  # nobody of that name
+        raise ValueError(f"cannot read the press file {shortened(path)}: {error}") from None
+    module = _load(file)
     known = [key for key, found in vars(module).items() if _is_own(found, module)]
     if class_name not in vars(module):
         raise unknown(f"press of {path}", class_name, known)
@@ -48,7 +52,7 @@ def _load(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(f"the press file {shortened(str(path))} cannot be run: {type(error).__name__}: {reason}") from error

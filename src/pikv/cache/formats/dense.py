@@ -34,6 +34,11 @@ def grown_capacity(length: int) -> int:
     return length + max(_GROWTH_MIN, length // _GROWTH_SHARE)
 
 
+def largest_capacity(length: int) -> int:
+    """The most room that files keep beside ``length`` tokens, however many there were before."""
+    return grown_capacity(2 * length + 1)
+
+
 @register_format
 class DenseSegment(Segment):
     """``n`` rows of ``length`` tokens in a storage of ``capacity`` tokens; slots from ``length`` on are not initialised."""
@@ -120,7 +125,10 @@ class DenseSegment(Segment):
 
     def state(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         keys, values = self.dense()
-        return {"keys": keys, "values": values}, {**super().state()[1], "capacity": self.capacity}
+        return {"keys": keys, "values": values}, {
+            **super().state()[1],
+            "capacity": min(self.capacity, largest_capacity(self.length)),
+        }
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> DenseSegment:
@@ -129,7 +137,7 @@ class DenseSegment(Segment):
         if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2]:
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} are no rows of tokens")
         # The same capacity as before, so that it grows, and is computed with, as before; a damaged one must not be allocated.
-        if not isinstance(capacity, int) or not length <= capacity <= grown_capacity(2 * length + 1):
+        if not isinstance(capacity, int) or not length <= capacity <= largest_capacity(length):
             raise ValueError(f"a capacity of {capacity} for {length} tokens")
         return cls(spread(keys, capacity, device), spread(values, capacity, device), length)
 
