@@ -184,10 +184,15 @@ class Player(Passes):
         with self._aside(self.cache.select(indices), self.truth.select(indices)):
             self.turn(rng, columns, padding, press, "whole", None)
             other, other_truth = self.cache, self.truth
-        if rng.random() < 0.5:
-            joined, truth = PiKVCache.concat([self.cache, other]), self.truth.joined(other_truth)
-        else:
-            joined, truth = PiKVCache.concat([other, self.cache]), other_truth.joined(self.truth)
+        is_first = rng.random() < 0.5
+        caches, truths = (
+            ([self.cache, other], (self.truth, other_truth)) if is_first else ([other, self.cache], (other_truth, self.truth))
+        )
+        try:
+            joined, truth = PiKVCache.concat(caches), truths[0].joined(truths[1])
+        except ValueError as error:
+            require("turned to positions without gaps" in str(error), str(error))
+            return
         if joined.forward_pass.is_padded_in_front:
             counts = joined.attention_mask().sum(1)
             require(torch.equal(counts, truth.mask.sum(1)), f"attention_mask() has {counts.tolist()} tokens")
