@@ -44,7 +44,14 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     done = pikv(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in folder.iterdir()} - before == {FILE_NAME}
-    for said in ("50% removed", "what is really read (bound)", "eplb", "pikv", "uncalibrated, same head budgets", FILE_NAME):
+    for said in (
+        "50% removed",
+        "best possible choice (upper bound)",
+        "eplb",
+        "pikv",
+        "uncalibrated, same head budgets",
+        FILE_NAME,
+    ):
         assert said in done.stdout
     assert "KV heads" in done.stdout
     loaded = type(model).from_pretrained(folder)

@@ -73,7 +73,7 @@ def calibrate_command(
     experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
     loaded, tokenizer = load_model(model, device, dtype)
     checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
-    with _folder(out), progress_bars(Console(stderr=True)) as progress:
+    with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
         calibration = calibrate(
             loaded,
             sources,
@@ -93,7 +93,7 @@ def calibrate_command(
     _print(calibration)  # before it is saved, which may fail
     _save(calibration, path)
     checkpoint.remove()
-    Console().print(f"\ncalibration: {path}", highlight=False, soft_wrap=True)
+    Console(emoji=False).print(f"\ncalibration: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -148,14 +148,14 @@ def _read(path: Path) -> str:
 def _print(calibration: "Calibration") -> None:
     """What training measured on contexts that it did not learn from."""
     found = calibration.report["kept_share"]
-    title = "Of what later queries read, the share in tokens that are kept, by share removed"
+    title = "Share of later attention that falls on kept tokens"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
     table.add_column("router")
     for ratio in next(iter(found.values())):
         table.add_column(f"{ratio} removed", justify="right")
-    names = {"best": "what is really read (bound)", "even": "uncalibrated, same head budgets"}
+    names = {"best": "best possible choice (upper bound)", "even": "uncalibrated, same head budgets"}
     for name, shares in found.items():
         table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
-    console.print(calibration.report["heads"]["message"] + ".", highlight=False)
+    console.print(calibration.report["heads"]["message"] + ".", highlight=False, markup=False)

@@ -114,7 +114,7 @@ def experiment_command(
         seed=seed,
     )
     folder = choose_folder(out, study)
-    messages = Console(stderr=True)
+    messages = Console(stderr=True, emoji=False)
     if debug:
         _log_to(messages)
     with busy("reading the model"):

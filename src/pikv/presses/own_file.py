@@ -18,11 +18,15 @@ def entry_in_file(name: str) -> PressEntry:
     """The press of ``path/to/file.py:ClassName``; the file is run once, and again when it was changed.
 
     Raises:
-        ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is no press.
+        ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is not a press.
     """
     path, _, class_name = name.rpartition(":")
     module = _load(Path(path).expanduser())
     known = [key for key, found in vars(module).items() if _is_own(found, module)]
+    if not known and class_name not in vars(module):
+        raise ValueError(f"no press in {shortened(path)}: it has no class that derives from BasePress, ScorerPress or Scorer")
+    if not class_name.isidentifier():
+        raise ValueError(f"which class of {path}? available: {', '.join(known)}")
     if class_name not in vars(module):
         raise unknown(f"press of {path}", class_name, known)
     return entry_of(name, vars(module)[class_name])
@@ -43,7 +47,7 @@ def _load(path: Path) -> ModuleType:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"cannot read the press file {shortened(str(path))}: it is no Python file")
+        raise ValueError(f"cannot read the press file {shortened(str(path))}: it is not a Python file")
     module = module_from_spec(spec)
     sys.modules[name] = module
     try:
