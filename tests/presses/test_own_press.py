@@ -70,6 +70,8 @@ def own_file(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def restored_registry(monkeypatch):
+    for name in PRESSES.files():
+        assert PRESSES[name]  # a module registers its press once only, when it is first imported
     monkeypatch.setattr(PRESSES, "_things", dict(PRESSES._things))
 
 

@@ -64,13 +64,20 @@ def calibrate_command(
     from pikv.calibration.checkpoint import Checkpoint
     from pikv.calibration.files import FILE_NAME
     from pikv.models.loading import load_model
+    from pikv.registry import unknown
     from pikv.routing.experts import default_experts
+    from pikv.routing.factory import ROUTERS
 
     path = out / FILE_NAME
-    if path.exists():
-        raise ValueError(f"{path} exists; results are never overwritten, choose another --out")
     kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
     experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
+    unknown_kinds = [kind for kind in kinds or [] if kind not in ROUTERS]
+    if unknown_kinds:
+        raise unknown("router", unknown_kinds[0], ROUTERS)
+    if steps < 1:
+        raise ValueError(f"calibration needs at least 1 step, not {steps}")
+    if path.exists():
+        raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
     loaded, tokenizer = load_model(model, device, dtype)
     checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
     with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:

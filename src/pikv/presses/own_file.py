@@ -12,6 +12,8 @@ from pikv.registry import shortened, unknown
 from pikv.scoring.base import Scorer
 
 FILE_SEPARATOR = ".py:"
+MODULE_PREFIX = "pikv_own_"
+"""What the names of modules begin with that files of users are run as."""
 
 
 def entry_in_file(name: str) -> PressEntry:
@@ -42,7 +44,7 @@ def _load(path: Path) -> ModuleType:
     except OSError as error:
         raise ValueError(f"cannot read the press file {shortened(str(path))}: {error.strerror or error}") from None
     # By what the file holds, so that an edited one is a new module; in sys.modules, so that what it defines can be pickled.
-    name = f"pikv_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]}"
+    name = f"{MODULE_PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
