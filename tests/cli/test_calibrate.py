@@ -62,7 +62,7 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     written = (folder / FILE_NAME).read_bytes()
     again = pikv(*arguments, cwd=tmp_path)
     assert again.returncode == 2
-    assert "results are never overwritten, choose another --out" in again.stderr
+    assert "is never overwritten: delete it or move it first" in again.stderr
     assert (folder / FILE_NAME).read_bytes() == written
 
 

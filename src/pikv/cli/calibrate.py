@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pikv.cli.options import folder
 from pikv.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def calibrate_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.")
+        Path,
+        typer.Option(
+            parser=folder,
+            metavar="PATH",
+            help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.",
+        ),
     ] = Path("out/calibration"),
 ) -> None:
     """Train routers on what later queries of a model really read, measure head budgets, find retrieval heads.
