@@ -111,7 +111,7 @@ def test_bad_input_is_one_line_and_writes_nothing(command, tmp_path, capsys, arg
 def test_what_is_there_is_never_overwritten(command, tmp_path, capsys):
     (tmp_path / FILE_NAME).write_bytes(b"mine")
     assert command(*QUICK, "--out", ".") == 2
-    assert "results are never overwritten" in capsys.readouterr().err
+    assert "is never overwritten: delete it or move it first" in capsys.readouterr().err
     assert (tmp_path / FILE_NAME).read_bytes() == b"mine"
 
 
