@@ -81,7 +81,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=width).print(table)
+    Console(width=width, emoji=False).print(table)
 
 
 def print_json(name: str, content: dict[str, object]) -> None:

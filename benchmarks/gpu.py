@@ -68,9 +68,9 @@ def _progress(name: str, number: int, seconds: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="what all of it may take")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all of it (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="where models run: cuda, cuda:1 or cpu (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder that gpu-<time> is made in (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, fewer cases")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():

@@ -51,7 +51,7 @@ def test_heads_that_separate():
     assert verdict.num_retrieving == 3
     assert verdict.threshold == pytest.approx((0.02 + 0.7) / 2)
     assert verdict.explained > 0.95
-    assert verdict.message == "3 of 32 KV heads put 80% of their attention on the answer, the others 2%"
+    assert verdict.message == "3 of 32 KV heads put 80% of their attention on the answer on average, the others 2%"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_heads_that_do_not_separate(scores):
     assert not verdict.separates
     assert 0 < verdict.num_retrieving < scores.numel()
     assert "does not separate them" in verdict.message
+    assert f"put {float(scores.min()):.1%} to {float(scores.max()):.1%} of their attention" in verdict.message
 
 
 @pytest.mark.parametrize("scores", [torch.full((3, 4), 0.7), torch.zeros(3, 4), torch.rand(1, 1)], ids=["alike", "zero", "one"])

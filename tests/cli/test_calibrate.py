@@ -44,7 +44,14 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     done = pikv(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in folder.iterdir()} - before == {FILE_NAME}
-    for said in ("50% removed", "what is really read (bound)", "eplb", "pikv", "uncalibrated, same head budgets", FILE_NAME):
+    for said in (
+        "50% removed",
+        "best possible choice (upper bound)",
+        "eplb",
+        "pikv",
+        "uncalibrated, same head budgets",
+        FILE_NAME,
+    ):
         assert said in done.stdout
     assert "KV heads" in done.stdout
     loaded = type(model).from_pretrained(folder)
@@ -55,7 +62,7 @@ def test_a_model_gets_a_calibration_beside_it(tmp_path, demo):
     written = (folder / FILE_NAME).read_bytes()
     again = pikv(*arguments, cwd=tmp_path)
     assert again.returncode == 2
-    assert "results are never overwritten, choose another --out" in again.stderr
+    assert "is never overwritten: delete it or move it first" in again.stderr
     assert (folder / FILE_NAME).read_bytes() == written
 
 
@@ -104,7 +111,7 @@ def test_bad_input_is_one_line_and_writes_nothing(command, tmp_path, capsys, arg
 def test_what_is_there_is_never_overwritten(command, tmp_path, capsys):
     (tmp_path / FILE_NAME).write_bytes(b"mine")
     assert command(*QUICK, "--out", ".") == 2
-    assert "results are never overwritten" in capsys.readouterr().err
+    assert "is never overwritten: delete it or move it first" in capsys.readouterr().err
     assert (tmp_path / FILE_NAME).read_bytes() == b"mine"
 
 

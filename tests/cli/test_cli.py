@@ -52,6 +52,9 @@ def test_methods_and_help(tmp_path):
         (["--methods", ""], "no methods are named in ''"),
         (["--methods", ",,,"], "no methods are named in ',,,'"),
         (["--methods"], "--methods"),
+        (["--methods", "all:2"], "the ratio of 'all:2' must be at least 0"),
+        (["--task", "missing.py:Mine"], "cannot read the task file 'missing.py'"),
+        (["--out", ""], "the name of the folder is empty"),
         (["--metods", "duo:0.5"], "No such option: --metods"),
         (["--repeats", "many"], "Invalid value for '--repeats'"),
         (["--num-experts", "4", "--methods", "duo:0.5"], "none of the methods has a router"),
@@ -69,6 +72,63 @@ def test_bad_input_is_one_line_and_writes_nothing(refused, tmp_path, arguments, 
     (tmp_path / "empty.txt").write_text("")
     assert message in refused("compare", *FAST, "--out", "results", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+OWN_PRESSES = """
+from pikv.presses import ScorerPress
+
+
+class Typo(ScorerPress):
+    def score(self, view):
+        return view.by_block(lambda block: block.kyes.norm(dim=-1))
+
+
+class Forgetful(ScorerPress):
+    def score(self, view):
+        view.by_block(lambda block: block.keys.norm(dim=-1))
+
+
+class Late(ScorerPress):
+    def score(self, view):
+        if int(view.seen.max()) > 400:
+            raise KeyError("late")
+        return view.by_block(lambda block: block.keys.norm(dim=-1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Typo", "own.py:Typo:0.5: AttributeError in own.py:7: 'BlockView' object has no attribute 'kyes'"),
+        ("Forgetful", "own.py:Forgetful:0.5: "),
+    ],
+)
+def test_a_press_of_ones_own_that_cannot_work_is_refused_first(refused, tmp_path, name, message):
+    (tmp_path / "own.py").write_text(OWN_PRESSES)
+    assert message in refused("compare", *FAST, "--methods", f"snapkv:0.5,own.py:{name}:0.5", "--out", "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_was_measured_of_others_is_kept_when_a_press_fails_on_the_way(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_PRESSES)
+    done = pikv("compare", *FAST, "--methods", "snapkv:0.5,own.py:Late:0.5", "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: left out, because it failed: own.py:Late:0.5: KeyError in own.py:18: 'late'" in done.stdout
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    for kind in ("quality", "measurements"):
+        assert {each["method"] for each in results[kind]} == {"none", "snapkv:0.5"}
+
+
+def test_a_task_in_a_file_of_ones_own(tmp_path):
+    (tmp_path / "my_task.py").write_text(
+        "from pikv.evaluation.tasks.retrieval import RetrievalTask\n\n\n"
+        "class Generous(RetrievalTask):\n    def score(self, question, answer):\n        return 1.0\n"
+    )
+    methods = ["--methods", "streaming:0.5", "--task", "my_task.py:Generous"]
+    done = pikv("compare", *FAST, *methods, "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((tmp_path / "results" / "results.json").read_text())["quality"]
+    assert [each["accuracy"] for each in quality] == [1.0, 1.0]
 
 
 def test_a_press_in_a_file_of_ones_own_beside_snapkv(tmp_path):

@@ -282,6 +282,16 @@ def test_how_to_calibrate_is_said(llama):
             run(llama, MoERouterPress(0.5, **options))
 
 
+def test_how_to_calibrate_names_the_model(llama, tmp_path, monkeypatch):
+    for name, command in (
+        (str(tmp_path), f"pikv calibrate --model {tmp_path} --out {tmp_path} --num-experts 4"),
+        ("someone/gpt2", "pikv calibrate --model someone/gpt2 --out gpt2-calibration --num-experts 4"),
+    ):
+        monkeypatch.setattr(llama.config, "_name_or_path", name)
+        with pytest.warns(UserWarning, match=f"`{command}` trains it"):
+            run(llama, MoERouterPress(0.5))
+
+
 def test_calibrating_makes_it_calibrated(llama):
     press = MoERouterPress(0.5, router_type="eplb")
     with pytest.warns(UserWarning, match="not calibrated"):

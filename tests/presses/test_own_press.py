@@ -37,6 +37,11 @@ BAD_FILES = {
     "mine.py:KeyEntropPress": (TEN_LINES, "unknown press of mine.py 'KeyEntropPress'; did you mean 'KeyEntropyPress'?"),
     "mine.py:Plain": ("class Plain: pass", "mine.py:Plain is no press: expected a class that derives from BasePress"),
     "mine.py:number": ("number = 3", "mine.py:number is no press: .*got an object of type int"),
+    "mine.py:Nothing": ("x = 1", "no press in 'mine.py'"),
+    "mine.py:0.5": (TEN_LINES, r"which class of mine\.py\? available: KeyEntropyPress"),
+    "mine:KeyEntropyPress:0.5": (TEN_LINES, "a class in a file is written 'mine.py:KeyEntropyPress'"),
+    "mine.KeyEntropyPress:0.5": (TEN_LINES, "a class in a file is written 'mine.py:KeyEntropyPress'"),
+    "mine": (TEN_LINES, "a class in a file is written 'mine.py:MyPress'"),
     "mine.py": (TEN_LINES, "'mine.py' names a file: say which class, 'mine.py:MyPress'"),
     "mine.py:KeyEntropyPress:2": (TEN_LINES, "must be at least 0 and less than 1"),
     "mine.py:Silent:0.5": (
@@ -65,6 +70,8 @@ def own_file(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def restored_registry(monkeypatch):
+    for name in PRESSES.files():
+        assert PRESSES[name]  # a module registers its press once only, when it is first imported
     monkeypatch.setattr(PRESSES, "_things", dict(PRESSES._things))
 
 

@@ -95,11 +95,15 @@ def judge_heads(scores: Tensor) -> HeadSeparation:
     cut = int(between.argmax())
     explained = float(between[cut] / ranked.var(correction=0))
     num_retrieving, attention = len(ranked) - cut - 1, float(above[cut])
-    found = f"{num_retrieving} of {len(ranked)} KV heads put {attention:.0%} of their attention on the answer, the others"
-    found += f" {float(below[cut]):.0%}"
     separates = explained >= _LEAST_EXPLAINED and attention >= _LEAST_ATTENTION
-    if not separates:
-        found += "; that does not separate them, so DuoAttention would choose its streaming heads by little more than chance"
+    if separates:
+        found = f"{num_retrieving} of {len(ranked)} KV heads put {attention:.0%} of their attention on the answer on average, "
+        found += f"the others {float(below[cut]):.0%}"
+    else:
+        found = (
+            f"KV heads put {float(ranked[0]):.1%} to {float(ranked[-1]):.1%} of their attention on the answer; that does not "
+        )
+        found += "separate them into two groups, so DuoAttention would choose its streaming heads almost at random"
     threshold = float(ranked[cut] + ranked[cut + 1]) / 2
     return HeadSeparation(
         separates=separates, num_retrieving=num_retrieving, threshold=threshold, explained=explained, message=found

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pikv.cli.options import folder
 from pikv.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def calibrate_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.")
+        Path,
+        typer.Option(
+            parser=folder,
+            metavar="PATH",
+            help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.",
+        ),
     ] = Path("out/calibration"),
 ) -> None:
     """Train routers on what later queries of a model really read, measure head budgets, find retrieval heads.
@@ -64,16 +70,23 @@ def calibrate_command(
     from pikv.calibration.checkpoint import Checkpoint
     from pikv.calibration.files import FILE_NAME
     from pikv.models.loading import load_model
+    from pikv.registry import unknown
     from pikv.routing.experts import default_experts
+    from pikv.routing.factory import ROUTERS
 
     path = out / FILE_NAME
-    if path.exists():
-        raise ValueError(f"{path} exists; results are never overwritten, choose another --out")
     kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
     experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
+    unknown_kinds = [kind for kind in kinds or [] if kind not in ROUTERS]
+    if unknown_kinds:
+        raise unknown("router", unknown_kinds[0], ROUTERS)
+    if steps < 1:
+        raise ValueError(f"calibration needs at least 1 step, not {steps}")
+    if path.exists():
+        raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
     loaded, tokenizer = load_model(model, device, dtype)
     checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
-    with _folder(out), progress_bars(Console(stderr=True)) as progress:
+    with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
         calibration = calibrate(
             loaded,
             sources,
@@ -93,7 +106,7 @@ def calibrate_command(
     _print(calibration)  # before it is saved, which may fail
     _save(calibration, path)
     checkpoint.remove()
-    Console().print(f"\ncalibration: {path}", highlight=False, soft_wrap=True)
+    Console(emoji=False).print(f"\ncalibration: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -148,14 +161,14 @@ def _read(path: Path) -> str:
 def _print(calibration: "Calibration") -> None:
     """What training measured on contexts that it did not learn from."""
     found = calibration.report["kept_share"]
-    title = "Of what later queries read, the share in tokens that are kept, by share removed"
+    title = "Share of later attention that falls on kept tokens"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
     table.add_column("router")
     for ratio in next(iter(found.values())):
         table.add_column(f"{ratio} removed", justify="right")
-    names = {"best": "what is really read (bound)", "even": "uncalibrated, same head budgets"}
+    names = {"best": "best possible choice (upper bound)", "even": "uncalibrated, same head budgets"}
     for name, shares in found.items():
         table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
-    console.print(calibration.report["heads"]["message"] + ".", highlight=False)
+    console.print(calibration.report["heads"]["message"] + ".", highlight=False, markup=False)

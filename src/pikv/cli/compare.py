@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pikv.cli import notes
+from pikv.cli.options import folder
 from pikv.cli.progress import busy, progress_bars
 from pikv.cli.results import publish
 from pikv.evaluation.defaults import DEFAULT_METHODS, DEFAULT_TASK
@@ -16,12 +17,19 @@ from pikv.evaluation.defaults import DEFAULT_METHODS, DEFAULT_TASK
 def compare_command(
     model: Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")] = "demo",
     methods: Annotated[
-        str, typer.Option(help="Presses with ratios, comma-separated, or all:RATIO; 'none', the full cache, is always there.")
+        str,
+        typer.Option(
+            help="Presses with ratios, comma-separated, or all:RATIO; 'none', the full cache, is always there. "
+            "my_press.py:MyPress:RATIO is a press in a file of your own."
+        ),
     ] = DEFAULT_METHODS,
     num_experts: Annotated[
         int | None, typer.Option(help="Retention experts that routers choose among. (default: the press's own)")
     ] = None,
-    task: Annotated[str, typer.Option(help="What quality is measured on.")] = DEFAULT_TASK,
+    task: Annotated[
+        str,
+        typer.Option(help="What quality is measured on: retrieval, or a class in a file of your own, my_task.py:MyTask."),
+    ] = DEFAULT_TASK,
     context_length: Annotated[
         int | None,
         typer.Option(help="Tokens of the contexts that quality is measured on. (default: 1024, or what fits the model)"),
@@ -49,7 +57,9 @@ def compare_command(
         str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results. (default: out/compare-<time>)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=folder, metavar="PATH", help="Folder for the results. (default: out/compare-<time>)")
+    ] = None,
 ) -> None:
     """Compare methods on one model: memory, TTFT, TPOT, tokens/s, quality.
 
@@ -99,7 +109,7 @@ def compare_command(
         seed=seed,
     )
     parse_methods(methods, num_experts)
-    folder = choose_folder(out, "compare")
+    results = choose_folder(out, "compare")
     with busy(f"reading model {model}"):
         loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
         config, plan = prepare(config, loaded, tokenizer)
@@ -112,9 +122,9 @@ def compare_command(
         write_compare(result, part / "report.html")
 
     publish(
-        folder,
+        results,
         write,
         "results.csv, results.json, report.html",
         tables=lambda: compare_tables(result),
-        lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes)],
+        lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pikv.cli import notes
+from pikv.cli.options import folder
 from pikv.cli.progress import busy, progress_bars
 from pikv.cli.results import publish
 from pikv.evaluation.defaults import DEFAULT_TASK
@@ -42,7 +43,10 @@ def experiment_command(
     num_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate after each reading. (default: the study's, mostly 0)")
     ] = None,
-    task: Annotated[str, typer.Option(help="What quality is measured on, where answers are known.")] = DEFAULT_TASK,
+    task: Annotated[
+        str,
+        typer.Option(help="What quality is measured on: retrieval, or a class in a file of your own, my_task.py:MyTask."),
+    ] = DEFAULT_TASK,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality, where answers are known.")] = 8,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
@@ -54,7 +58,9 @@ def experiment_command(
     hidden_size: Annotated[int, typer.Option(help="Hidden size of the random model, which has 8 heads.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the random model and of all data.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Log what every press decided in every layer.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results. (default: out/STUDY-<time>)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=folder, metavar="PATH", help="Folder for the results. (default: out/STUDY-<time>)")
+    ] = None,
 ) -> None:
     """Study routers and presses: compression, time, memory and quality, with mean and standard deviation.
 
@@ -113,8 +119,8 @@ def experiment_command(
         hidden_size=hidden_size,
         seed=seed,
     )
-    folder = choose_folder(out, study)
-    messages = Console(stderr=True)
+    results = choose_folder(out, study)
+    messages = Console(stderr=True, emoji=False)
     if debug:
         _log_to(messages)
     with busy("reading the model"):
@@ -128,11 +134,11 @@ def experiment_command(
         write_study(result, part / "report.html")
 
     publish(
-        folder,
+        results,
         write,
         "results.csv, summary.csv, results.json, report.html",
         tables=lambda: study_tables(result),
-        lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes)],
+        lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes if note not in notes.shown)],
         expected=[] if result.expected is None else [result.expected],
     )
 

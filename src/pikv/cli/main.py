@@ -72,7 +72,7 @@ def main() -> None:
 
 def _say(error: Exception | str, status: int) -> int:
     said = " ".join(str(error).split())
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {said}")
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"error: {said}")
     return status
 
 

@@ -14,4 +14,4 @@ def methods_command() -> None:
     table = Table("name", "what it does", box=None, header_style="bold")
     for name in list_presses():
         table.add_row(name, press_info(name).description)
-    Console().print(table)
+    Console(emoji=False).print(table)

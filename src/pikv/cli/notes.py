@@ -17,6 +17,7 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """Takes the place of ``warnings.showwarning``."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"note: {message}", style="dim")
-    if str(message) not in shown:
-        shown.append(str(message))
+    if str(message) in shown:
+        return
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"note: {message}", style="dim")
+    shown.append(str(message))

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Callable[[str, int
         *(TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn()),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
-    bars = Progress(*columns, console=console or Console(stderr=True))
+    bars = Progress(*columns, console=console or Console(stderr=True, emoji=False))
 
     def open_bar(title: str, total: int) -> Callable[[], None]:
         bars.start()  # not before there is something to show: what is refused ends with one line alone
@@ -30,5 +31,5 @@ def progress_bars(console: Console | None = None) -> Iterator[Callable[[str, int
 
 def busy(message: str) -> AbstractContextManager[object]:
     """A moving sign beside a message on a terminal, until the block ends; nothing elsewhere."""
-    console = Console(stderr=True)
-    return console.status(message) if console.is_terminal else nullcontext()
+    console = Console(stderr=True, emoji=False)
+    return console.status(Text(message)) if console.is_terminal else nullcontext()

@@ -43,7 +43,7 @@ def publish(
     if unprinted is not None:
         _forget_output()
         raise OSError(f"cannot print: {unprinted.strerror or unprinted}; the results are in {folder}") from unprinted
-    Console().print(f"\nresults: {folder}/{files}", highlight=False, soft_wrap=True, markup=False)
+    Console(emoji=False).print(f"\nresults: {folder}/{files}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _forget_output() -> None:
@@ -60,7 +60,7 @@ class _Console(Console):
 
 
 def _print(tables: Sequence["Table"], lines: Iterable[str], expected: Sequence["Table"]) -> None:
-    console = _Console(width=None if sys.stdout.isatty() else 100)
+    console = _Console(width=None if sys.stdout.isatty() else 100, emoji=False)
     for table in tables:
         _print_whole(console, table)
     for line in lines:
@@ -78,4 +78,4 @@ def _print_whole(console: Console, table: "Table") -> None:
     rendered = rich_table(table)
     needed = console.measure(rendered, options=console.options.update(max_width=1000)).maximum
     width = console.width if TEXT in table[1] else max(console.width, needed)
-    _Console(width=width).print(rendered, "")
+    _Console(width=width, emoji=False).print(rendered, "")

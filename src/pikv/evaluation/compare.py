@@ -21,6 +21,7 @@ from pikv.evaluation.results import Result
 from pikv.evaluation.runner import Batch, Plan, run_plan
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
+from pikv.evaluation.trial import failures_explained, try_methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareC
 
     Raises:
         ValueError: for unknown methods, those that refuse the model, a calibration of another model, contexts that are empty,
-            too long for the model's positions, or too short for a method.
+            too long for the model's positions, or too short for a method, and presses of one's own that raise anything.
     """
     methods = parse_methods(config.methods, config.num_experts)
     if config.calibration is not None:
@@ -94,7 +95,9 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareC
         question_aware=config.question_aware,
     )
     for method in methods:
-        method.press().bind(model)
+        with failures_explained(method):
+            method.press().bind(model)
+    try_methods(model, methods, samples[0].context_ids)
     plan = Plan(
         model=model,
         methods=methods,
@@ -106,8 +109,10 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareC
 
 
 def compare(config: CompareConfig, plan: Plan, progress: ProgressBar) -> Result:
-    """Measures quality, then time and memory, of every method."""
-    measurements, quality = run_plan(plan, progress)
+    """Measures quality, then time and memory, of every method; one that fails on the way is left out, and a note says why."""
+    failed: dict[str, str] = {}
+    measurements, quality = run_plan(plan, progress, failed)
+    plan = replace(plan, methods=[method for method in plan.methods if method.name not in failed])
     return Result(
         name="compare",
         description=f"KV-cache methods on {config.model}",
@@ -116,7 +121,7 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar) -> Result:
         methods=plan.methods,
         measurements=measurements,
         quality=quality,
-        notes=notes_on(plan, quality),
+        notes=[*notes_on(plan, quality), *(f"left out, because it failed: {reason}" for reason in failed.values())],
     )
 
 

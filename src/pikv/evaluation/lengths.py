@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv.evaluation.methods import Method
+from pikv.evaluation.trial import failures_explained
 
 QUESTION_TOKENS = 16
 """Positions that are left for a question."""
@@ -42,5 +43,7 @@ def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int],
             f"the {limit} positions of the model"
         )
     for method in methods:
-        if method.press().min_kept(min(lengths)) < 1:
+        with failures_explained(method):
+            smallest = method.press().min_kept(min(lengths))
+        if smallest < 1:
             raise ValueError(f"method {method.name!r} would keep no token of a context of {min(lengths)} tokens")

@@ -9,7 +9,7 @@ from pikv.presses.composed import ComposedPress
 from pikv.presses.moe import MoERouterPress
 from pikv.presses.none import NoCompressionPress
 from pikv.presses.registry import PRESSES, list_presses
-from pikv.presses.spec import get_press, split_outside_brackets
+from pikv.presses.spec import get_press, parse_ratio, split_outside_brackets
 
 FULL = "none"
 RATIO_OF_ALL = "0.75"
@@ -50,7 +50,11 @@ def parse_methods(text: str, num_experts: int | None = None) -> list[Method]:
     specs = [FULL]
     for spec in named:
         name, _, ratio = spec.partition(":")
-        specs += [f"{each}:{ratio or RATIO_OF_ALL}" for each in _all_presses()] if name == "all" else [spec]
+        if name == "all":
+            parse_ratio(ratio := ratio or RATIO_OF_ALL, spec)
+            specs += [f"{each}:{ratio}" for each in _all_presses()]
+        else:
+            specs.append(spec)
     methods = [Method(spec) for spec in dict.fromkeys(specs)]
     if num_experts is not None:
         methods = [_with_experts(method, num_experts) for method in methods]

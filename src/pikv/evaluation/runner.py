@@ -1,7 +1,8 @@
 """Runs a plan: every suite is measured here."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.answers import FullAnswers, QuestionSet, measure_quality
-from pikv.evaluation.methods import Method
+from pikv.evaluation.methods import FULL, Method
 from pikv.evaluation.results import Measurement, Quality
 from pikv.evaluation.timing import measure, warm_up
+from pikv.evaluation.trial import describe_failure
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +51,35 @@ class Plan:
     beside_full: bool = False
 
 
-def run_plan(plan: Plan, progress: ProgressBar) -> tuple[list[Measurement], list[Quality]]:
-    """Measures quality, then time and memory."""
-    quality = _measure_quality(plan, progress)
-    return _measure_time(plan, progress), quality
+def run_plan(
+    plan: Plan, progress: ProgressBar, failed: dict[str, str] | None = None
+) -> tuple[list[Measurement], list[Quality]]:
+    """Measures quality, then time and memory.
+
+    Where ``failed`` is given, a method that raises (the full cache excepted) is left out from then on, with all that was
+    measured of it, and ``failed`` says why, by its name.
+    """
+    quality = _measure_quality(plan, progress, failed)
+    measurements = _measure_time(plan, progress, failed)
+    left_out = failed or {}
+    return (
+        [measured for measured in measurements if measured.method not in left_out],
+        [measured for measured in quality if measured.method not in left_out],
+    )
 
 
-def _measure_quality(plan: Plan, progress: ProgressBar) -> list[Quality]:
+@contextmanager
+def _may_fail(method: Method, failed: dict[str, str] | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if failed is None or method.name == FULL:
+            raise
+        log.debug("%s failed", method.name, exc_info=True)
+        failed[method.name] = describe_failure(method, error)
+
+
+def _measure_quality(plan: Plan, progress: ProgressBar, failed: dict[str, str] | None) -> list[Quality]:
     if plan.questions is None:
         return []
     methods = [*plan.methods, *plan.references]
@@ -63,34 +87,41 @@ def _measure_quality(plan: Plan, progress: ProgressBar) -> list[Quality]:
     full_answers: FullAnswers = {}
     measured = []
     for method in methods:
-        quality = measure_quality(plan.questions, method, full_answers, advance)
-        measured.append(quality)
+        with _may_fail(method, failed):
+            measured.append(measure_quality(plan.questions, method, full_answers, advance))
+    for quality in measured:
         for answer in quality.answers:
             log.debug("%s: %r, right %r, got %r", quality.method, answer.question, answer.expected, answer.got)
         log.debug("%s: accuracy %.1f%%, %d answers", quality.method, 100 * quality.accuracy, len(quality.answers))
     return measured
 
 
-def _measure_time(plan: Plan, progress: ProgressBar) -> list[Measurement]:
+def _measure_time(plan: Plan, progress: ProgressBar, failed: dict[str, str] | None) -> list[Measurement]:
     """Methods take turns, so that a machine that slows down slows all of them down."""
     advance = progress("time and memory", len(plan.methods) * (len(plan.batches) + 1))
-    for method in plan.methods:
-        warm_up(plan.model, method, plan.batches[0].token_ids, plan.num_new_tokens)
+    for method in _working(plan, failed):
+        with _may_fail(method, failed):
+            warm_up(plan.model, method, plan.batches[0].token_ids, plan.num_new_tokens)
         advance()
     measurements = []
     for batch in plan.batches:
-        for method in plan.methods:
-            measurements.append(
-                measure(
-                    plan.model,
-                    method,
-                    batch.token_ids,
-                    num_tokens=batch.num_tokens,
-                    repeat=batch.repeat,
-                    num_new_tokens=plan.num_new_tokens,
-                    num_passes=plan.num_passes,
-                    beside_full=plan.beside_full,
+        for method in _working(plan, failed):
+            with _may_fail(method, failed):
+                measurements.append(
+                    measure(
+                        plan.model,
+                        method,
+                        batch.token_ids,
+                        num_tokens=batch.num_tokens,
+                        repeat=batch.repeat,
+                        num_new_tokens=plan.num_new_tokens,
+                        num_passes=plan.num_passes,
+                        beside_full=plan.beside_full,
+                    )
                 )
-            )
             advance()
     return measurements
+
+
+def _working(plan: Plan, failed: dict[str, str] | None) -> list[Method]:
+    return [method for method in plan.methods if method.name not in (failed or {})]

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from torch import Tensor
@@ -114,7 +115,7 @@ class MoERouterPress(ScorerPress):
         self._is_calibrated = calibration is not None and not reason
         if calibration is None or reason:
             mixers = self._untrained(model, len(experts))
-            self._warn(str(reason), list(experts))
+            self._warn(str(reason), list(experts), str(model.config.name_or_path or ""))
         else:
             options = {**calibration.options.get(self.router_type, {}), **self._options()}
             mixers = calibration.build(model, self.router_type, self.top_k, **options)
@@ -182,13 +183,13 @@ class MoERouterPress(ScorerPress):
         has_own = type(self)._apply_expert_compression is not MoERouterPress._apply_expert_compression
         return experts_of_strategies(names, self.experts, self._apply_expert_compression if has_own else None)
 
-    def _warn(self, reason: str, names: list[str]) -> None:
+    def _warn(self, reason: str, names: list[str], model_name: str) -> None:
         """Says once why the routers of a model are not calibrated, and how they could be."""
         if self.calibration is None or self._has_warned:
             return
         self._has_warned = True
         are_default = names == list(EXPERTS)[: len(names)]
-        command = f" or `pikv calibrate --num-experts {len(names)}`" if are_default else ""
+        command = f" or `{_calibrate_command(model_name, len(names))}`" if are_default else ""
         warnings.warn(
             f"the router {self.router_type!r} is not calibrated for this model ({reason}): it mixes its experts evenly; "
             f"press.calibrate(model){command} trains it",
@@ -222,3 +223,12 @@ class RoutedStage(ScoredStage):
         assert isinstance(self.press, MoERouterPress)
         if scored := view.scratch.pop(RoutedScorer, []):
             self.press.record_routing(view, kept, scored)
+
+
+def _calibrate_command(model_name: str, num_experts: int) -> str:
+    """The command that calibrates a model, and leaves the result where it is found by itself if the model is in a folder."""
+    if not model_name:
+        return f"pikv calibrate --num-experts {num_experts}"
+    # A folder with the name of a model on the hub would hide that model.
+    out = model_name if Path(model_name).is_dir() else f"{Path(model_name).name}-calibration"
+    return f"pikv calibrate --model {quote(model_name)} --out {quote(out)} --num-experts {num_experts}"

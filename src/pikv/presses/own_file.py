@@ -1,10 +1,11 @@
-"""Presses in files of users: ``my_press.py:MyPress``."""
+"""Presses, and other classes, in files of users: ``my_press.py:MyPress``."""
 
 import hashlib
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pikv.presses.base import BasePress
 from pikv.presses.registry import PressEntry, entry_of
@@ -12,42 +13,59 @@ from pikv.registry import shortened, unknown
 from pikv.scoring.base import Scorer
 
 FILE_SEPARATOR = ".py:"
+MODULE_PREFIX = "pikv_own_"
+"""What the names of modules begin with that files of users are run as."""
 
 
 def entry_in_file(name: str) -> PressEntry:
     """The press of ``path/to/file.py:ClassName``; the file is run once, and again when it was changed.
 
     Raises:
-        ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is no press.
+        ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is not a press.
+    """
+    return entry_of(name, object_in_file(name, "press", BasePress, Scorer))
+
+
+def object_in_file(name: str, what: str, *bases: type) -> Any:
+    """What has the name behind the colon of ``path/to/file.py:ClassName``; ``what`` errors call it.
+
+    Raises:
+        ValueError: if there is no such file, it raises, or nothing in it has this name, with the nearest class of those that
+            derive from ``bases``.
     """
     path, _, class_name = name.rpartition(":")
     try:
         file = Path(path).expanduser()
     except RuntimeError as error:  # nobody of that name
-        raise ValueError(f"cannot read the press file {shortened(path)}: {error}") from None
-    module = _load(file)
-    known = [key for key, found in vars(module).items() if _is_own(found, module)]
+        raise ValueError(f"cannot read {shortened(path)}: {error}") from None
+    module = _load(file, what)
+    known = [key for key, found in vars(module).items() if _is_own(found, module, bases)]
+    if not known and class_name not in vars(module):
+        derived = " or ".join(base.__name__ for base in bases)
+        raise ValueError(f"no {what} in {shortened(path)}: it has no class that derives from {derived}")
+    if not class_name.isidentifier():
+        raise ValueError(f"which class of {path}? available: {', '.join(known)}")
     if class_name not in vars(module):
-        raise unknown(f"press of {path}", class_name, known)
-    return entry_of(name, vars(module)[class_name])
+        raise unknown(f"{what} of {path}", class_name, known)
+    return vars(module)[class_name]
 
 
-def _is_own(found: object, module: ModuleType) -> bool:
-    return isinstance(found, type) and issubclass(found, BasePress | Scorer) and found.__module__ == module.__name__
+def _is_own(found: object, module: ModuleType, bases: tuple[type, ...]) -> bool:
+    return isinstance(found, type) and issubclass(found, bases) and found.__module__ == module.__name__
 
 
-def _load(path: Path) -> ModuleType:
+def _load(path: Path, what: str) -> ModuleType:
     try:
         source = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read the press file {shortened(str(path))}: {error.strerror or error}") from None
+        raise ValueError(f"cannot read the {what} file {shortened(str(path))}: {error.strerror or error}") from None
     # By what the file holds, so that an edited one is a new module; in sys.modules, so that what it defines can be pickled.
-    name = f"pikv_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]}"
+    name = f"{MODULE_PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"cannot read the press file {shortened(str(path))}: it is no Python file")
+        raise ValueError(f"cannot read the {what} file {shortened(str(path))}: it is not a Python file")
     module = module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -55,5 +73,5 @@ def _load(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"the press file {shortened(str(path))} cannot be run: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"the {what} file {shortened(str(path))} cannot be run: {type(error).__name__}: {reason}") from error
     return module

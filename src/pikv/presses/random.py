@@ -33,7 +33,7 @@ class RandomScorer(Scorer):
 
 @register_press("random", group="baseline")
 class RandomPress(ScorerPress):
-    """Keeps tokens by chance, the baseline that every method must beat; the same ones every time for one ``seed``."""
+    """Keeps tokens at random, the baseline that every method must beat; the same ones every time for one ``seed``."""
 
     def __init__(self, compression_ratio: float = 0.5, *, seed: int = 0, **limits: Unpack[Limits]) -> None:
         super().__init__(RandomScorer(seed), compression_ratio, **limits)

@@ -1,6 +1,7 @@
 """Presses by specification: names or files, with ratios, around each other and one after the other."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from pikv.checks import check_ratio
@@ -9,7 +10,7 @@ from pikv.presses.composed import ComposedPress
 from pikv.presses.kvpress.convert import build_kvpress
 from pikv.presses.own_file import FILE_SEPARATOR, entry_in_file
 from pikv.presses.registry import PRESSES, PressEntry
-from pikv.registry import shortened
+from pikv.registry import UnknownNameError, shortened
 
 _KVPRESS = "kvpress."  # what names of presses of the kvpress library begin with
 _LONGEST = 4096
@@ -50,7 +51,10 @@ def get_press(spec: str, **options: Any) -> BasePress:
             raise ValueError(f"{spec!r} names a ratio, which {limit}={options[limit]!r} would replace: give one of them")
         if name == "none":
             raise ValueError("'none' removes nothing and takes no ratio")
-        options["compression_ratio"] = _parse_ratio(ratio, spec)
+        class_name, _, _ = ratio.partition(":")
+        if class_name.isidentifier() and name not in PRESSES and Path(f"{name}.py").is_file():
+            raise _not_a_file(name, class_name)
+        options["compression_ratio"] = parse_ratio(ratio, spec)
     return _build(name, inner, options)
 
 
@@ -61,7 +65,7 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
         return build_kvpress(name.removeprefix(_KVPRESS), **options)
     if name.endswith(".py"):
         raise ValueError(f"{shortened(name)} names a file: say which class, {shortened(name + ':MyPress')}")
-    entry = entry_in_file(name) if FILE_SEPARATOR in name else PRESSES[name]
+    entry = entry_in_file(name) if FILE_SEPARATOR in name else _by_name(name)
     wraps = entry.info.wraps
     if inner and not wraps:
         raise ValueError(f"press {name!r} wraps no other press")
@@ -73,6 +77,22 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
     if not hasattr(press, "_counts"):
         raise ValueError(f"press {name!r}: its __init__ must call super().__init__()")
     return press
+
+
+def _by_name(name: str) -> PressEntry:
+    """The press of a name; where there is none, but a file that the name may mean, the error says how to write that."""
+    try:
+        return PRESSES[name]
+    except UnknownNameError:
+        module, _, class_name = name.partition(".")
+        if not Path(f"{module}.py").is_file():
+            raise
+        raise _not_a_file(module, class_name or "MyPress") from None
+
+
+def _not_a_file(module: str, class_name: str) -> ValueError:
+    meant = f"{module}.py:{class_name}"
+    return ValueError(f"unknown press {shortened(module)}; a class in a file is written {shortened(meant)}")
 
 
 def _wrap(entry: PressEntry, inner: str, options: dict[str, Any]) -> BasePress:
@@ -120,7 +140,11 @@ def _parse(part: str) -> tuple[str, str | None, str | None]:
 
 
 def _name_and_ratio(part: str) -> tuple[str, str | None]:
-    """Splits at the first colon behind the name, in which one stands between a file and a class."""
+    """Splits at the first colon behind the name, in which one stands between a file and a class.
+
+    >>> _name_and_ratio("my_press.py:MyPress:0.5")
+    ('my_press.py:MyPress', '0.5')
+    """
     start = part.find(FILE_SEPARATOR)
     name, colon, ratio = part[start + len(FILE_SEPARATOR) :].partition(":") if start >= 0 else part.partition(":")
     if start >= 0:
@@ -128,7 +152,8 @@ def _name_and_ratio(part: str) -> tuple[str, str | None]:
     return name.strip(), ratio.strip() if colon else None
 
 
-def _parse_ratio(text: str, spec: str) -> float:
+def parse_ratio(text: str, spec: str) -> float:
+    """The ratio that ``text`` says, a part of ``spec``; ValueError for what is not a number, or not in [0, 1)."""
     try:
         ratio = float(text)
     except ValueError:

@@ -89,5 +89,5 @@ def router_presses(compression_ratio: float) -> dict[str, Builder]:
 
 
 def single_presses() -> dict[str, Builder]:
-    """Every press that is no combination, routers at the ratio of the others."""
+    """Every press that is not a combination, routers at the ratio of the others."""
     return {**STUDY_PRESSES, **router_presses(0.3)}

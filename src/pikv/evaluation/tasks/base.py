@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pikv.presses.own_file import FILE_SEPARATOR, object_in_file
 from pikv.registry import Registry
 from pikv.tasks.contexts import TokenizedQuestion, TokenizedSample
 
@@ -63,9 +64,18 @@ def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
 
 
 def get_task(name: str, settings: TaskSettings) -> Task:
-    """Makes a task by name.
+    """Makes a task by name; ``my_task.py:MyTask`` is a class in a Python file of the user's own.
 
     Raises:
-        ValueError: for an unknown name, with the nearest.
+        ValueError: for an unknown name, with the nearest, a file that cannot be used, and what is not a task.
     """
-    return TASKS[name](settings)
+    build = object_in_file(name, "task", Task) if FILE_SEPARATOR in name else TASKS[name]
+    try:
+        task = build(settings)
+    except Exception as error:
+        if FILE_SEPARATOR not in name or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{name} cannot be made of TaskSettings: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise ValueError(f"{name} is not a task: expected a class that derives from Task")
+    return task
