@@ -70,7 +70,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all of it (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="where models run: cuda, cuda:1 or cpu (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder that gpu-<time> is made in (default: %(default)s)")
+    out_help = "folder that gpu-<time> is made in (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("out"), help=out_help)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, fewer cases")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
