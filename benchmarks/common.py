@@ -39,11 +39,13 @@ def filled(config: Any, keys: torch.Tensor, counts: Sequence[int]) -> PiKVCache:
     """
     batch, _, length, _ = keys.shape
     cache = PiKVCache(config)
-    for index, layer in enumerate(cache.layers):
-        layer.get_mask_sizes(length)
-        layer.forward_pass.begin(None)
+    cache.layers[0].get_mask_sizes(length)
+    cache.forward_pass.begin(None)
+    for layer in cache.layers:
         layer.update(keys, keys)
         layer.is_handed_over = False  # no attention follows
+        cache.forward_pass.finish()
+    for index in cache.ragged_layers:
         if min(counts) < length:
             spread = [torch.linspace(0, length - 1, count, dtype=torch.double).round().long() for count in counts]
             cache.rows(index).keep(spread * batch)

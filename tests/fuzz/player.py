@@ -150,6 +150,9 @@ class Player(Passes):
     def pickle(self, rng: Random) -> None:
         cache = pickle.loads(pickle.dumps(self.cache))
         cache.attach_to(self.model.config)
+        if cache.press is not None:  # a copy of the one that the cache carried
+            self.presses = [cache.press, *self.presses[1:]]
+            self._forget_stats()
         self._replace_cache(cache)
 
     def detour(self, rng: Random, columns: int, padding: str, press: int | None, how: str, chunk_size: int | None) -> None:

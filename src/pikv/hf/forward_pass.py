@@ -63,6 +63,10 @@ class ForwardPass:
             self._was_padded_in_front = self.is_padded_in_front
             self.is_padded_in_front &= self.is_first and self.mask.is_in_front
 
+    def cancel(self) -> None:
+        """Ends a pass that was begun and is refused: the next one must not go by what this one brought."""
+        self.num_new, self.mask = 0, None
+
     def check(self, num_new: int, columns: int, last_serial: int | None = None) -> None:
         """Makes sure that a layer that has seen ``columns`` columns is given what was expected.
 

@@ -94,11 +94,15 @@ class PiKVLayer(HFLayer):
                 "of transformers; PiKVCache does not support it"
             )
         self.forward_pass.check(key_states.shape[-2], self.columns, self._last_serial)
-        if self.rows is not None:
-            check_alike(self.rows, self.rows.batch_size, key_states)
         mask = self.forward_pass.mask
-        if mask is not None and len(mask.counts) != key_states.shape[0]:
-            raise ValueError(f"the attention mask is for {len(mask.counts)} sequences, the input has {key_states.shape[0]}")
+        try:
+            if self.rows is not None:
+                check_alike(self.rows, self.rows.batch_size, key_states)
+            if mask is not None and len(mask.counts) != key_states.shape[0]:
+                raise ValueError(f"the attention mask is for {len(mask.counts)} sequences, the input has {key_states.shape[0]}")
+        except ValueError:
+            self.forward_pass.cancel()
+            raise
         self.forward_pass.enter(self)  # from here on, there is something to be undone
         self._last_serial = self.forward_pass.serial
         if self.rows is None:

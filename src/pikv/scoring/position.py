@@ -28,6 +28,8 @@ def ends_first(view: LayerView, scores: Tensor, sink_size: int, recent_size: int
     ``scores`` ``[B, G, L]`` may hold anything behind a row's end; infinite ones stay above the finite ones of their row.
     """
     positions, seen = view.kept.positions, view.seen.view(-1, 1, 1).to(scores.device)
+    if not scores.shape[2]:
+        return scores
     is_finite = view.kept.valid & scores.isfinite()
     most = scores.masked_fill(~is_finite, 0.0).amax(2, keepdim=True).clamp(min=1)
     is_infinite = scores == float("inf")
