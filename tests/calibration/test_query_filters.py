@@ -86,3 +86,10 @@ def test_files_and_filters_that_do_not_fit(llama, tmp_path):
         QFiltersPress(filters=torch.rand(2, 4, 16))(llama),
     ):
         pass
+
+
+def test_weights_that_are_nan_are_refused_in_one_line(llama):
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="contain NaN or infinity"), QFiltersPress(0.5)(llama):
+        pytest.fail("the block was entered")

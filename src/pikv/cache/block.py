@@ -90,7 +90,8 @@ class RowBlock:
         if len(parts) <= 1:
             keys, values = parts[0] if parts else self.tail.dense()
             return keys.to(place), values.to(place)
-        return tuple(torch.cat([tensor.to(place) for tensor in each], dim=1) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+        keys, values = (torch.cat([tensor.to(place) for tensor in each], dim=1) for each in zip(*parts, strict=True))
+        return keys, values
 
     def tokens(self) -> TokenBlock:
         """The tokens held now, whatever is appended later."""

@@ -68,7 +68,10 @@ def _principal_directions(model: Any, samples: list[list[int]]) -> Tensor:
             inputs = torch.tensor([sample], device=model.device)
             model(inputs, past_key_values=PiKVCache(model.config), use_cache=True, logits_to_keep=1)
     layers = ragged_layers(model.config)
-    directions = torch.linalg.eigh(torch.stack([products[layer] for layer in layers])).eigenvectors[..., -1]
+    stacked = torch.stack([products[layer] for layer in layers])
+    if not bool(stacked.isfinite().all()):
+        raise ValueError("the queries of this model contain NaN or infinity; its query filters cannot be measured")
+    directions = torch.linalg.eigh(stacked).eigenvectors[..., -1]
     towards = (directions * torch.stack([sums[layer] for layer in layers])).sum(-1, keepdim=True)
     return torch.where(towards < 0, -directions, directions).float()
 
