@@ -1,10 +1,16 @@
 """Routers by name, and what a kind of router says of itself."""
 
+import os
 import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import pikv
 import pikv.routing.routers
 from pikv import list_presses
 from pikv.presses import MoERouterPress
@@ -18,7 +24,7 @@ from pikv.routing import (
     TimeRouter,
     create_moe_router,
 )
-from pikv.routing.factory import press_kinds, register_router
+from pikv.routing.factory import register_router
 
 KINDS = ["base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical", "flex", "time", "fast", "mixture"]
 
@@ -41,8 +47,33 @@ def test_names_of_the_guide():
 def test_every_file_in_the_folder_of_routers_registers_one():
     names = {module.name for module in pkgutil.iter_modules(pikv.routing.routers.__path__)}
     assert names | {"base"} == set(ROUTERS)
-    assert press_kinds() == KINDS[:6]
-    assert {name for name in list_presses() if press_info(name).group == "router"} == set(press_kinds())
+    kinds = {name for name, kind in ROUTERS.items() if kind.is_press}
+    assert kinds == set(KINDS[:6])
+    assert {name for name in list_presses() if press_info(name).group == "router"} == kinds
+
+
+def test_a_file_of_a_router_makes_a_press_of_its_name(tmp_path):
+    """In a copy of the package, by nothing but that file."""
+    package = tmp_path / "pikv"
+    shutil.copytree(Path(pikv.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "weights"))
+    lines = [
+        "from pikv.routing.base import MoERouter",
+        "from pikv.routing.factory import register_router",
+        '@register_router("{0}", is_press={1}, paper="2101.03961")',
+        "class {2}(MoERouter):",
+        '    """Sends every token where the others go."""',
+    ]
+    for name, is_press, kind in (("herd", True, "HerdRouter"), ("flock", False, "FlockRouter")):
+        (package / "routing/routers" / f"{name}.py").write_text("\n".join(lines).format(name, is_press, kind))
+    code = (
+        "import sys; from pikv.presses.catalog import catalog; info = catalog()['herd']; assert 'torch' not in sys.modules;"
+        "from pikv import get_press, list_presses; from pikv.presses import press_info;"
+        "assert 'herd' in list_presses() and 'flock' not in list_presses() and press_info('herd') == info, info;"
+        "assert (info.description, info.paper) == ('Sends every token where the others go.', '2101.03961'), info;"
+        "press = get_press('herd:0.25', calibration=None);"
+        "assert (press.router_type, press.compression_ratio) == ('herd', 0.25)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
 def test_a_router_is_added_by_one_registration(llama):
@@ -55,7 +86,7 @@ def test_a_router_is_added_by_one_registration(llama):
             self.shyness = shyness
 
     try:
-        assert press_kinds()[-1] == "shy"
+        assert list(ROUTERS)[-1] == "shy"
         assert ShyRouter.option_names() == {"shyness", *PiKVRouter.option_names()}
         press = MoERouterPress(router_type="shy", cache_aware=False, calibration=None)
         press.bind(llama)

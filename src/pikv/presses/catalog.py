@@ -1,4 +1,4 @@
-"""What the files of this folder register, read from their text: names are known before anything is imported."""
+"""What the files of presses and of routers register, read from their text: names are known before anything is imported."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,9 @@ from importlib.resources import files
 from typing import Any
 
 DECORATOR = "register_press"
+ROUTER_DECORATOR = "register_router"
+ROUTER_PRESS = ("pikv.presses.moe", "MoERouterPress")
+"""The module and the class of the press that every kind of router gives its name to."""
 GROUPS = ("baseline", "position", "keys", "attention", "budget", "wrapper", "router", "own")
 """In which order presses are listed: what they go by, presses around others, routers, and what users bring."""
 
@@ -39,8 +42,9 @@ class PressInfo:
 
 @cache
 def catalog() -> Mapping[str, PressInfo]:
-    """The presses of this folder by name, in the order of their groups."""
-    found = [info for module, parsed in _sources() for info in _registered(module, parsed)]
+    """The presses of this folder and those of the kinds of router, by name, in the order of their groups."""
+    found = [info for module, parsed in _sources("presses") for info in _registered(module, parsed)]
+    found += [info for _, parsed in _sources("routing/routers") for info in _router_presses(parsed)]
     return {info.name: info for info in sorted(found, key=lambda info: (GROUPS.index(info.group), info.name))}
 
 
@@ -49,7 +53,7 @@ def public_classes() -> Mapping[str, str]:
     """The classes of this folder whose names end with ``Press``, and the modules that they are in."""
     return {
         node.name: module
-        for module, parsed in _sources()
+        for module, parsed in _sources("presses")
         for node in parsed.body
         if isinstance(node, ast.ClassDef) and node.name.endswith("Press") and not node.name.startswith("_")
     }
@@ -61,22 +65,38 @@ def first_line(documentation: str | None) -> str:
 
 
 @cache
-def _sources() -> list[tuple[str, ast.Module]]:
-    folder = sorted(files("pikv.presses").iterdir(), key=lambda path: path.name)
+def _sources(folder: str) -> list[tuple[str, ast.Module]]:
+    """The modules of a folder of the package, parsed."""
+    package = f"pikv.{folder.replace('/', '.')}"
     return [
-        (f"pikv.presses.{path.name.removesuffix('.py')}", ast.parse(path.read_text(encoding="utf-8")))
-        for path in folder
+        (f"{package}.{path.name.removesuffix('.py')}", ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted(files("pikv").joinpath(folder).iterdir(), key=lambda path: path.name)
         if path.name.endswith(".py") and path.name != "__init__.py"
     ]
 
 
 def _registered(module: str, parsed: ast.Module) -> Iterator[PressInfo]:
-    """What the decorators of a file register."""
+    """What the decorators of a file of presses register."""
+    for node, name, given in _decorated(parsed, DECORATOR):
+        yield PressInfo(name=name, module=module, class_name=node.name, **given)
+
+
+def _router_presses(parsed: ast.Module) -> Iterator[PressInfo]:
+    """The presses that a file of routers gives names to."""
+    module, class_name = ROUTER_PRESS
+    for _, name, given in _decorated(parsed, ROUTER_DECORATOR):
+        if given.pop("is_press", True):
+            options = {"router_type": name}
+            yield PressInfo(name=name, group="router", options=options, module=module, class_name=class_name, **given)
+
+
+def _decorated(parsed: ast.Module, decorator: str) -> Iterator[tuple[ast.ClassDef, str, dict[str, Any]]]:
+    """The classes below ``@decorator("name", ...)`` with the name, the further arguments and a description."""
     for node in parsed.body:
         for call in getattr(node, "decorator_list", []):
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == DECORATOR):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator):
                 continue
             assert isinstance(node, ast.ClassDef)
             given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
             given.setdefault("description", first_line(ast.get_docstring(node)))
-            yield PressInfo(name=ast.literal_eval(call.args[0]), module=module, class_name=node.name, **given)
+            yield node, ast.literal_eval(call.args[0]), given

@@ -19,6 +19,7 @@ from pikv.calibration.files import Calibration
 from pikv.calibration.heads import head_shape
 from pikv.core import Kept, LayerView
 from pikv.hf.support import ragged_layers
+from pikv.presses.catalog import first_line
 from pikv.presses.moe_stats import RouterRecords
 from pikv.presses.moe_strategies import experts_of_strategies
 from pikv.presses.registry import register_press
@@ -32,11 +33,6 @@ from pikv.routing.scorer import RoutedScorer, RoutedScores, record_decision
 
 
 @register_press("base", group="router", options={"router_type": "base"})
-@register_press("topk_balanced", group="router", options={"router_type": "topk_balanced"})
-@register_press("adaptive", group="router", options={"router_type": "adaptive"})
-@register_press("pikv", group="router", options={"router_type": "pikv"})
-@register_press("eplb", group="router", options={"router_type": "eplb"})
-@register_press("hierarchical", group="router", options={"router_type": "hierarchical"})
 class MoERouterPress(ScorerPress):
     """Scores every token by retention experts, weighted by a router that reads the token's hidden state.
 
@@ -214,6 +210,18 @@ class MoERouterPress(ScorerPress):
         """Those that not all kinds have."""
         has = ROUTERS[self.router_type].option_names()
         return {name: value for name, value in {"cache_aware": self.cache_aware}.items() if name in has}
+
+
+def _register_routers() -> None:
+    """Makes the press known by the names of the kinds of router; what ``presses/catalog.py`` reads in their files."""
+    for name, kind in ROUTERS.items():
+        if kind.is_press and kind is not MoERouter:
+            description = first_line(kind.__doc__)
+            options = {"router_type": name}
+            register_press(name, MoERouterPress, description=description, group="router", paper=kind.paper, options=options)
+
+
+_register_routers()
 
 
 class RoutedStage(ScoredStage):

@@ -16,14 +16,20 @@ ROUTERS: Registry[type[MoERouter]] = Registry(
 """The kinds of router, by name."""
 
 
-def register_router(name: str, *, is_press: bool = True) -> Callable[[_Router], _Router]:
-    """Makes a class of routers known by a name; ``is_press`` says whether a press has this name as well.
+def register_router(name: str, *, is_press: bool = True, paper: str | None = None) -> Callable[[_Router], _Router]:
+    """Makes a class of routers known by a name.
 
-    A file in ``routing/routers/`` needs nothing else to add a kind of router.
+    A file in ``routing/routers/`` needs nothing else to add a kind of router and a press of its name, which is described by
+    the first line of the router's documentation.
+
+    Args:
+        name: what ``create_moe_router`` and ``router_type`` call it
+        is_press: whether a file of routers gives a press this name as well
+        paper: its number on arXiv
     """
 
     def register(kind: _Router) -> _Router:
-        kind.is_press = is_press
+        kind.is_press, kind.paper = is_press, paper
         ROUTERS.register(name, kind)
         return kind
 
@@ -46,8 +52,3 @@ def create_moe_router(kind: str, hidden_size: int, num_experts: int = 4, top_k: 
 def default_top_k(num_experts: int) -> int:
     """The experts that a token goes to where nobody says how many."""
     return min(2, num_experts)
-
-
-def press_kinds() -> list[str]:
-    """The kinds of router whose names are names of presses, too."""
-    return [name for name, router in ROUTERS.items() if router.is_press]

@@ -38,7 +38,7 @@ class Exchange:
     expert_counts: Tensor
 
 
-@register_router("fast", is_press=False)
+@register_router("fast", is_press=False, paper="2103.13262")
 class FastRouter(MoERouter):
     """Places experts on ``world_size`` ranks, in order, and plans what is sent where; it needs no process group.
 

@@ -12,7 +12,7 @@ from pikv.routing.factory import register_router
 MODALITIES = ("image", "genomic", "clinical", "biospecimen", "text", "audio")
 
 
-@register_router("flex", is_press=False)
+@register_router("flex", is_press=False, paper="2410.08245")
 class FlexRouter(MoERouter):
     """Adds to the logits what each of ``modalities`` says about a token.
 

@@ -11,7 +11,7 @@ from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, check_
 from pikv.routing.factory import register_router
 
 
-@register_router("mixture", is_press=False)
+@register_router("mixture", is_press=False, paper="2006.16668")
 class MixtureRouter(MoERouter):
     """Has ``train_capacity_factor`` in training and ``eval_capacity_factor`` otherwise (GShard, arXiv 2006.16668).
 

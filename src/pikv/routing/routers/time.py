@@ -8,7 +8,7 @@ from pikv.routing.base import CommonOptions, GateOutput, Info, MoERouter, zero_l
 from pikv.routing.factory import register_router
 
 
-@register_router("time", is_press=False)
+@register_router("time", is_press=False, paper="2409.16040")
 class TimeRouter(MoERouter):
     """Adds to the logits what is learned of a token's time: waves of ``num_frequencies`` periods, and its seasonality.
 
