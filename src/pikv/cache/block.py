@@ -1,17 +1,16 @@
 """A block of cache rows that hold equally many tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
 from pikv.attention.partial import merge_parts, with_sinks
-from pikv.cache.formats.base import Segment, format_named
-from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, largest_capacity, spread
+from pikv.cache.formats.base import Segment
+from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
 from pikv.indices import index_tensor
 
@@ -65,6 +64,11 @@ class RowBlock:
     @property
     def has_positions(self) -> bool:
         return self._positions is not None
+
+    @property
+    def positions_capacity(self) -> int | None:
+        """Tokens that each row has storage for positions of; None where no positions are stored."""
+        return None if self._positions is None else self._positions.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -137,11 +141,11 @@ class RowBlock:
             start += segment.length
         return found
 
-    def gather(self, members: Sequence[int], indices: Tensor, *, with_room: bool = True) -> "RowBlock":
+    def gather(self, members: Sequence[int], indices: Tensor, *, spare_capacity: bool = True) -> "RowBlock":
         """Copies some members' tokens into a new block.
 
         ``members`` number rows within this block, ``indices`` ``[m, length]`` the tokens to take of each, ascending; of every
-        segment all members take equally many (see ``counts_by_segment``). ``with_room`` leaves a little room to grow.
+        segment all members take equally many (see ``counts_by_segment``). ``spare_capacity`` leaves a little room to grow.
         """
         count, length = indices.shape
         positions = None
@@ -158,7 +162,7 @@ class RowBlock:
                 whole = num == segment.length and list(members) == list(range(segment.num_rows))
                 sealed.append(segment if whole else segment.gather(members, part.to(segment.location)))
         rest = indices[:, first:] - self.num_sealed
-        capacity = first_capacity(rest.shape[1]) if with_room else rest.shape[1]
+        capacity = first_capacity(rest.shape[1]) if spare_capacity else rest.shape[1]
         tail = self.tail.gather(members, rest, capacity)
         block = RowBlock([self.row_ids[member] for member in members], sealed, tail)
         block._set_positions(positions)
@@ -260,46 +264,6 @@ class RowBlock:
         if self._positions is not None:
             assert self._positions.shape[1] >= self.length, "positions are missing"
         assert bool((self.kept_positions().diff(dim=1) > 0).all()), "positions do not ascend"
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """For files: the tensors of live tokens, and what JSON can hold of the rest."""
-        tensors: dict[str, Tensor] = {}
-        described = []
-        for number, segment in enumerate(self.segments):
-            parts, state = segment.state()
-            tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
-            described.append(state)
-        state = {"row_ids": self.row_ids, "segments": described}
-        if self._positions is not None:
-            tensors["positions"] = self.kept_positions()
-            state["positions_capacity"] = min(self._positions.shape[1], largest_capacity(self.length))
-        return tensors, state
-
-    @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> "RowBlock":
-        """The block that ``state`` described, on ``device``.
-
-        Raises:
-            ValueError: for unknown formats, and whatever cannot be a block.
-        """
-        segments = []
-        for number, described in enumerate(state["segments"]):
-            prefix = f"{number}."
-            parts = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            segments.append(format_named(described["format"]).from_state(parts, described, device))
-        *sealed, tail = segments
-        if not isinstance(tail, DenseSegment):
-            raise ValueError("its last tokens have no room to grow")
-        block = cls(state["row_ids"], sealed, tail)
-        positions = tensors.get("positions")
-        if positions is not None:
-            if positions.dtype != torch.int32 or tuple(positions.shape) != (len(block.row_ids), block.length):
-                raise ValueError(f"positions {positions.dtype} {list(positions.shape)} for {block.length} tokens")
-            capacity = state.get("positions_capacity", block.num_sealed + tail.capacity)
-            if not block.length <= capacity <= largest_capacity(block.length):
-                raise ValueError(f"a capacity of {capacity} for {block.length} positions")
-            block._positions = spread(positions, capacity, device)
-        return block
 
     def _set_positions(self, positions: Tensor | None) -> None:
         """Stores positions ``[n, length]``, with as much room as there is for tokens."""

@@ -1,33 +1,20 @@
 """The ragged rows of one layer: every KV head of every sequence has its own length."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.cache.block import RowBlock
-from pikv.cache.formats.base import format_named
+from pikv.cache.change import Change
+from pikv.cache.formats.base import FORMATS
 from pikv.cache.formats.dense import DenseSegment
 from pikv.cache.kept import KeptTokens
+from pikv.cache.regroup import copies_of, drop_from, gather_kept, merge, plain_tensors, split
 from pikv.cache.table import RowTable
 from pikv.cache.tokens import TokenMask
-
-
-class Change(Protocol):
-    """What is to become of the tokens of a layer; see ``pikv.core.Decision``."""
-
-    @property
-    def kept(self) -> Sequence[Tensor] | None: ...
-
-    @property
-    def format(self) -> str | None: ...
-
-    @property
-    def location(self) -> torch.device | None: ...
 
 
 class RaggedRows:
@@ -166,7 +153,7 @@ class RaggedRows:
             ValueError: for an unknown format, before anything is done.
         """
         if change.format is not None:
-            format_named(change.format)
+            FORMATS[change.format]  # raises for an unknown one
         if change.kept is not None:
             self.keep(change.kept)
         if change.format is not None:
@@ -194,23 +181,18 @@ class RaggedRows:
             if all(len(row) == block.length for row in chosen):
                 blocks.append(block)
                 continue
-            by_counts: dict[tuple[int, ...], list[int]] = defaultdict(list)
-            for member, counts in enumerate(block.counts_by_segment(chosen)):
-                by_counts[counts].append(member)
-            for members in by_counts.values():
-                taken = torch.stack([chosen[member] for member in members]).to(self.device)
-                blocks.append(block.gather(members, taken))
+            blocks += gather_kept(block, chosen)
             self.num_evictions += 1
             for sequence in {row // self.num_kv_heads for row in block.row_ids}:
                 self.seen_at_eviction[sequence] = self.seen[sequence]
-        self._set_blocks(_merge(blocks))
+        self._set_blocks(merge(blocks))
 
     def seal(self, format: str) -> None:
         """Stores all tokens in a format, by name."""
         with plain_tensors():
             for block in self.blocks:
                 block.seal(format)
-            self._set_blocks(_merge(self.blocks))
+            self._set_blocks(merge(self.blocks))
 
     def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
         """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
@@ -253,30 +235,19 @@ class RaggedRows:
         with plain_tensors():
             blocks = []
             for block in self.blocks:
-                by_count: dict[int, list[int]] = defaultdict(list)
-                positions = block.kept_positions()
-                limits = torch.tensor([seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
-                for member, count in enumerate((positions < limits.unsqueeze(1)).sum(1).tolist()):
-                    by_count[count].append(member)
-                if len(by_count) == 1:  # the same from all of them, and from their ends: nothing is copied
-                    block.truncate(next(iter(by_count)))
-                    blocks.append(block)
-                    continue
-                for count, members in by_count.items():
-                    indices = torch.arange(count, device=self.device).expand(len(members), -1)
-                    blocks.append(block.gather(members, indices))
+                blocks += drop_from(block, [seen[row // self.num_kv_heads] for row in block.row_ids])
             self.seen = list(seen)
             self.seen_at_eviction = [min(at, now) for at, now in zip(self.seen_at_eviction, seen, strict=True)]
-            self._set_blocks(_merge(blocks))
+            self._set_blocks(merge(blocks))
 
     def select(self, sequences: Sequence[int]) -> "RaggedRows":
         """Rows of the given sequences, each as often as it is named, in storage of their own."""
         heads = self.num_kv_heads
-        place = {row: (block, member) for block in self.blocks for member, row in enumerate(block.row_ids)}
-        chosen = [place[sequence * heads + head] for sequence in sequences for head in range(heads)]
+        members = self._members()
+        chosen = [members[sequence * heads + head] for sequence in sequences for head in range(heads)]
         return self.of(
             heads,
-            _arrange(chosen),
+            copies_of(chosen),
             [self.seen[sequence] for sequence in sequences],
             [self.seen_at_eviction[sequence] for sequence in sequences],
         )
@@ -284,14 +255,9 @@ class RaggedRows:
     @classmethod
     def concat(cls, parts: Sequence["RaggedRows"]) -> "RaggedRows":
         """The rows of several, one after the other along the batch, in storage of their own."""
-        heads = parts[0].num_kv_heads
-        chosen = []
-        for rows in parts:
-            place = {row: (block, member) for block in rows.blocks for member, row in enumerate(block.row_ids)}
-            chosen += [place[row] for row in range(rows.batch_size * heads)]
         return cls.of(
-            heads,
-            _arrange(chosen),
+            parts[0].num_kv_heads,
+            copies_of([each for rows in parts for each in rows._members()]),
             [seen for rows in parts for seen in rows.seen],
             [seen for rows in parts for seen in rows.seen_at_eviction],
         )
@@ -320,58 +286,18 @@ class RaggedRows:
         if self._table is not None:
             self._table.check_integrity(RowTable.of(self.blocks, self.batch_size * self.num_kv_heads))
 
+    def _members(self) -> list[tuple[RowBlock, int]]:
+        """The block that each row lies in, and its place in that block."""
+        found = {row: (block, member) for block in self.blocks for member, row in enumerate(block.row_ids)}
+        return [found[row] for row in range(self.batch_size * self.num_kv_heads)]
+
     def _by_sequence(self, num_tokens: int | Sequence[int]) -> list[int]:
         return [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
+
+    def _split(self, counts: Sequence[int]) -> None:
+        """Splits blocks so that all rows of a block get equally many new tokens (``counts``, by sequence)."""
+        self._set_blocks(split(self.blocks, [count for count in counts for _ in range(self.num_kv_heads)]))
 
     def _set_blocks(self, blocks: Sequence[RowBlock]) -> None:
         self.blocks = list(blocks)
         self._table = None
-
-    def _split(self, counts: Sequence[int]) -> None:
-        """Splits blocks so that all members of a block get equally many new tokens (``counts``, by sequence)."""
-        blocks = []
-        for block in self.blocks:
-            by_count: dict[int, list[int]] = defaultdict(list)
-            for member, row in enumerate(block.row_ids):
-                by_count[counts[row // self.num_kv_heads]].append(member)
-            if len(by_count) == 1:
-                blocks.append(block)
-                continue
-            everything = torch.arange(block.length, device=self.device)
-            for members in by_count.values():
-                blocks.append(block.gather(members, everything.expand(len(members), -1), with_room=False))
-        self._set_blocks(blocks)
-
-
-@contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Storage is made of plain tensors without gradients, so that it can be written to in and out of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _merge(blocks: Sequence[RowBlock]) -> list[RowBlock]:
-    """Puts rows that came to be of one kind, in different blocks, into one block, with their rows in ascending order."""
-    by_kind: dict[tuple[object, ...], list[RowBlock]] = defaultdict(list)
-    for block in blocks:
-        by_kind[block.kind].append(block)
-    merged = []
-    for group in sorted(by_kind.values(), key=lambda group: group[0].length):
-        if len(group) == 1:
-            merged.append(group[0])
-            continue
-        order = sorted((row, index, member) for index, block in enumerate(group) for member, row in enumerate(block.row_ids))
-        merged.append(RowBlock.stack([row for row, _, _ in order], [(group[index], member) for _, index, member in order]))
-    return merged
-
-
-def _arrange(chosen: Sequence[tuple[RowBlock, int]]) -> list[RowBlock]:
-    """Blocks of copies of the given rows, which are numbered as they come."""
-    by_kind: dict[tuple[object, ...], list[tuple[int, tuple[RowBlock, int]]]] = defaultdict(list)
-    for row, (block, member) in enumerate(chosen):
-        by_kind[block.kind].append((row, (block, member)))
-    with plain_tensors():
-        return [
-            RowBlock.stack([row for row, _ in group], [part for _, part in group])
-            for group in sorted(by_kind.values(), key=lambda group: group[0][1][0].length)
-        ]

@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pikv.cache.block import RowBlock
+from pikv.cache.block_state import block_from_state, state_of_block
+from pikv.cache.regroup import plain_tensors
 from pikv.cache.row_state import ContiguousPositions
-from pikv.cache.rows import RaggedRows, plain_tensors
+from pikv.cache.rows import RaggedRows
 from pikv.hf.files import write_whole
 from pikv.hf.identity import ModelSignature, check_same_model, model_signature
+from pikv.registry import UnknownNameError
 from pikv.version import __version__
 
 FORMAT = "pikv-cache"
@@ -192,6 +194,8 @@ def unpack_layer(layer: Any, packed: PackedLayer, device: str | torch.device) ->
     try:
         with plain_tensors():
             unpack(layer, packed.tensors, packed.state, torch.device(device))
+    except UnknownNameError:  # of a format; a KeyError too, and clear as it is
+        raise
     except _MALFORMED as error:
         raise ValueError(f"the saved layer is malformed ({error!r})") from error
 
@@ -206,7 +210,7 @@ def _pack_ragged(layer: Any) -> tuple[Tensors, State]:
     tensors: Tensors = {}
     blocks = []
     for index, block in enumerate(rows.blocks):
-        parts, state = block.state()
+        parts, state = state_of_block(block)
         tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
         blocks.append(state)
     turned = layer.state.get(ContiguousPositions)
@@ -223,7 +227,7 @@ def _pack_ragged(layer: Any) -> tuple[Tensors, State]:
 
 
 def _unpack_ragged(layer: Any, tensors: Tensors, state: State, device: torch.device) -> None:
-    blocks = [RowBlock.from_state(_below(f"{index}.", tensors), saved, device) for index, saved in enumerate(state["blocks"])]
+    blocks = [block_from_state(_below(f"{index}.", tensors), saved, device) for index, saved in enumerate(state["blocks"])]
     rows = RaggedRows.of(state["num_kv_heads"], blocks, state["seen"], state["seen_at_eviction"])
     rows.check_integrity(with_values=False)
     columns, at_padding = state["columns"], state["columns_at_padding"]

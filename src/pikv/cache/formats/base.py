@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pikv.attention.params import AttentionParams
 from pikv.attention.partial import attend_part, merge_parts
+from pikv.registry import Registry
 
 _CHUNK_TOKENS = 4096  # that are decoded at a time
 
@@ -118,7 +119,7 @@ class Segment(ABC):
 
     def seal(self, format: str) -> Segment:
         """These tokens in a format, by name."""
-        return self if format == self.format else format_named(format).encode(*self.dense())
+        return self if format == self.format else FORMATS[format].encode(*self.dense())
 
     def to(self, location: torch.device) -> Segment:
         """These tokens in another place."""
@@ -141,22 +142,17 @@ class Segment(ABC):
             assert bool(values.isfinite().all()), "uninitialised values"
 
 
-_FORMATS: dict[str, type[Segment]] = {}
+FORMATS: Registry[type[Segment]] = Registry("format")
+"""The formats that tokens can be stored in: classes of segments, by name."""
 
 
 def register_format(segment: _Segment) -> _Segment:
-    """Makes a class of segments known under its ``format``."""
-    if _FORMATS.setdefault(segment.format, segment) is not segment:
-        raise ValueError(f"there is a format {segment.format!r} already")
-    return segment
-
-
-def format_named(name: str) -> type[Segment]:
-    """The class of segments of a format.
+    """Makes a class of segments known under its ``format``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if another class has this name already.
     """
-    if name not in _FORMATS:
-        raise ValueError(f"unknown format {name!r}; available: {', '.join(sorted(_FORMATS))}")
-    return _FORMATS[name]
+    if FORMATS.get(segment.format, segment) is not segment:
+        raise ValueError(f"the format {segment.format!r} is registered already")
+    FORMATS.register(segment.format, segment)
+    return segment

@@ -1,14 +1,9 @@
-"""The types that cross folders: one attention call, one layer's view for a decision, and the decision.
-
-Shapes, here and everywhere: ``B`` batch, ``H`` query heads, ``G`` KV heads, ``T`` tokens, ``L`` tokens of the longest row,
-``D`` head dimension, ``n`` rows of a block, ``R = B * G`` rows (``r = b * G + g``).
-"""
+"""What a decision is shown: a layer, and the rows of it that hold equally many tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,109 +13,10 @@ from torch import Tensor, nn
 from pikv.attention.params import AttentionParams
 from pikv.cache.kept import KeptTokens, TokenBlock
 from pikv.cache.row_state import ContiguousPositions, RowState
-from pikv.cache.rows import RaggedRows
+from pikv.core.call import AttentionCall
 
 MAX_NUMBERS = 1 << 22
 """Upper bound on the elements of temporary tensors in blockwise computations."""
-
-Kept = Sequence[Tensor]
-"""For every row ``b * G + g`` the numbers of the tokens to keep within the row, ascending (int64)."""
-
-
-@contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """Runs decisions without gradients and without autocast."""
-    is_cast = torch.is_autocast_enabled(device.type)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_cast else nullcontext():
-        yield
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionCall:
-    """One call of an attention module over ragged rows, after the new tokens were stored.
-
-    Attributes:
-        module: the attention module
-        layer_idx: its number in the model
-        rows: hold the keys and values, the newest included
-        queries: ``[B, H, T, D]``, after RoPE
-        params: how the module gets from products to weights
-        is_token: ``[B, T]`` (bool), which columns are no padding; None for all
-        logsumexp: ``[B, H, T]`` of the queries' attention, where a kernel left it
-        state: running state that lies beside the rows, by owner
-        hidden_states: ``[B, T, hidden]``, the module's input
-        arguments: its further arguments, by name, without the cache
-        num_new: columns of the forward pass, padding included
-    """
-
-    module: nn.Module
-    layer_idx: int
-    rows: RaggedRows
-    queries: Tensor
-    params: AttentionParams
-    is_token: Tensor | None
-    logsumexp: Tensor | None
-    state: dict[Any, RowState]
-    hidden_states: Tensor
-    arguments: Mapping[str, Any]
-    num_new: int
-
-    @property
-    def seen(self) -> list[int]:
-        """Tokens seen, the newest included, by sequence."""
-        return list(self.rows.seen)
-
-    def newest_column(self) -> AttentionCall:
-        """The same call with its last column only, for callers that do not need all queries and hidden states."""
-        is_token = None if self.is_token is None else self.is_token[:, -1:]
-        return replace(
-            self,
-            queries=self.queries[:, :, -1:].clone(),
-            hidden_states=self.hidden_states[:, -1:].clone(),
-            is_token=is_token,
-            logsumexp=None,
-            arguments={},
-        )
-
-
-@dataclass(frozen=True)
-class Reread:
-    """How to read a context again: behind ``prompt_ids``, in chunks of ``chunk_size`` tokens.
-
-    A chunk sees the first ``sink_size`` tokens, itself as it was, and itself as it is read again.
-    """
-
-    prompt_ids: tuple[int, ...] = ()
-    chunk_size: int = 2048
-    sink_size: int = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What a scorer or a budget looks at, beside positions, keys and values; nothing else is prepared or held for it.
-
-    Attributes:
-        queries: whether the queries or hidden states of the newest tokens are used
-        logsumexp: whether the log-sum-exp of a prefill's attention is used; capturing it costs extra work
-        observes: whether it is shown every context that is read, also when nothing is decided, to note what later scores need
-        reread: how to read the context a second time, or None
-        noted_bytes: bytes that are kept beside the rows, at most, for each token that a row holds
-    """
-
-    queries: bool = False
-    logsumexp: bool = False
-    observes: bool = False
-    reread: Reread | None = None
-    noted_bytes: int = 0
-
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            queries=self.queries or other.queries,
-            logsumexp=self.logsumexp or other.logsumexp,
-            observes=self.observes or other.observes,
-            reread=self.reread or other.reread,
-            noted_bytes=self.noted_bytes + other.noted_bytes,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -337,23 +233,3 @@ class BlockView:
         """The entry ``[n, ...]`` of each row in ``values`` ``[B, G, ...]``; of ``[B, G, L, ...]`` this block's own length."""
         found = values.flatten(0, 1)[list(self.row_ids)]
         return found if values.dim() == 2 else found[:, : self.length]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Decision:
-    """What becomes of a layer's tokens.
-
-    Attributes:
-        kept: which tokens stay; None for all
-        format: the name of the format that those stay in (``pikv.cache.formats``); None for the one that they have
-        location: the device that they move to; None for where they are
-        target_lengths: ``[B, G]``, how many tokens the rows would hold had all of the given ones been there, which a further
-            stage's ratio refers to; None for as many as they do
-        earlier: which tokens of layers before this one stay, by layer index
-    """
-
-    kept: Kept | None = None
-    format: str | None = None
-    location: torch.device | None = None
-    target_lengths: Tensor | None = None
-    earlier: Mapping[int, Kept] = field(default_factory=dict)
