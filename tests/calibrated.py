@@ -5,6 +5,7 @@ import torch
 from pikv.calibration.files import Calibration
 from pikv.calibration.heads import head_shape
 from pikv.hf.identity import fingerprint, model_signature
+from pikv.hf.shape import hidden_size
 from pikv.presses import MoERouterPress, ProfileBudgetPress
 from pikv.routing import create_moe_router
 from pikv.routing.experts import default_experts
@@ -16,11 +17,10 @@ def random_calibration(model, kinds=ROUTERS, experts=None, seed=0):
     """Random gates, hit rates, weights and biases, and profiles that fall, steeply in some heads and not in others."""
     generator = torch.Generator().manual_seed(seed)
     experts = default_experts() if experts is None else experts
-    hidden_size = model.config.get_text_config(decoder=True).hidden_size
     layers, heads = head_shape(model.config)
 
     def mixer(kind):
-        made = ExpertMixer(create_moe_router(kind, hidden_size, len(experts)), heads)
+        made = ExpertMixer(create_moe_router(kind, hidden_size(model.config), len(experts)), heads)
         for tensor in made.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.5)
         if kind == "pikv":

@@ -12,6 +12,7 @@ from torch import Tensor
 from pikv.calibration.heads import head_shape
 from pikv.hf.files import write_whole
 from pikv.hf.identity import ModelSignature, check_same_model, fingerprint, is_same_fingerprint, model_signature
+from pikv.hf.shape import hidden_size
 from pikv.hf.support import ragged_layers
 from pikv.routing.factory import create_moe_router
 from pikv.routing.mixer import ExpertMixer
@@ -73,10 +74,9 @@ class Calibration:
         Raises:
             ValueError: if they are damaged, or options are out of range.
         """
-        hidden_size = model.config.get_text_config(decoder=True).hidden_size
         mixers = {}
         for layer, state in zip(ragged_layers(model.config), self.mixers[kind], strict=True):
-            router = create_moe_router(kind, hidden_size, len(self.experts), top_k, **options)
+            router = create_moe_router(kind, hidden_size(model.config), len(self.experts), top_k, **options)
             mixer = ExpertMixer(router, self.profiles.shape[1])
             try:
                 mixer.load_state_dict(dict(state))

@@ -21,6 +21,7 @@ from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.hooks import observe
+from pikv.hf.shape import num_kv_heads, num_positions, text_config, vocab_size
 from pikv.hf.support import ragged_layers
 from pikv.tasks.retrieval import make_retrieval
 
@@ -49,7 +50,7 @@ def find_retrieval_heads(model: Any, tokenizer: Any = None, *, seed: int = 0) ->
     texts = usable_tokenizer(model, tokenizer)
     texts = texts if getattr(texts, "is_fast", False) else None  # others do not know which characters a token stands for
     rng = random.Random(seed)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST
+    limit = num_positions(model.config) or _LONGEST
     samples = [
         _random_sample(rng, model, limit) if texts is None else _text_sample(rng, texts, limit) for _ in range(_NUM_SAMPLES)
     ]
@@ -148,7 +149,7 @@ def _retrieval(rng: random.Random, tokenizer: Any, num_words: int, num_records: 
 
 def _random_sample(rng: random.Random, model: Any, limit: int) -> tuple[list[int], list[Probe]]:
     """Random tokens, twice; a query of the second half should attend to what followed its token in the first."""
-    vocabulary = range(model.config.get_text_config(decoder=True).vocab_size)
+    vocabulary = range(vocab_size(model.config))
     half = rng.choices(vocabulary, k=min(_NUM_WORDS // 4, limit // 2))
     probes = [(len(half) + index, index + 1, index + 2) for index in range(len(half) - 1)]
     return half + half, probes
@@ -181,8 +182,7 @@ def _measure(model: Any, token_ids: Sequence[int], probes: Sequence[Probe]) -> T
 
 def head_shape(config: Any) -> tuple[int, int]:
     """Number of layers that hold ragged rows, and of KV heads in each."""
-    config = config.get_text_config(decoder=True)
-    return len(ragged_layers(config)), getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return len(ragged_layers(config)), num_kv_heads(config)
 
 
 def load_head_scores(path: str | Path, config: Any) -> Tensor:
@@ -193,7 +193,7 @@ def load_head_scores(path: str | Path, config: Any) -> Tensor:
     Raises:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.
     """
-    config = config.get_text_config(decoder=True)
+    config = text_config(config)
     expected = head_shape(config)
     try:
         if str(path).endswith(".safetensors"):

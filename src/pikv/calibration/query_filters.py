@@ -14,6 +14,7 @@ from pikv.calibration.samples import usable_tokenizer
 from pikv.core import AttentionCall
 from pikv.hf.cache import PiKVCache
 from pikv.hf.hooks import observe
+from pikv.hf.shape import head_dim, num_positions, text_config, vocab_size
 from pikv.hf.support import ragged_layers
 from pikv.tasks.retrieval import make_retrieval
 
@@ -42,14 +43,13 @@ def find_query_filters(model: Any, tokenizer: Any = None, *, seed: int = 0) -> T
 
 
 def _sample(rng: random.Random, model: Any, tokenizer: Any) -> list[int]:
-    config = model.config.get_text_config(decoder=True)
     if tokenizer is None:
-        ids = rng.choices(range(config.vocab_size), k=_NUM_WORDS)
+        ids = rng.choices(range(vocab_size(model.config)), k=_NUM_WORDS)
     else:
         sample = make_retrieval(rng, num_words=_NUM_WORDS, num_records=_NUM_RECORDS)
         questions = " ".join(f"{question.prompt} {question.answer}" for question in sample.questions)
         ids = tokenizer(f"{sample.context} {questions}")["input_ids"]
-    return list(ids)[: getattr(config, "max_position_embeddings", None) or len(ids)]
+    return list(ids)[: num_positions(model.config) or len(ids)]
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def load_query_filters(path: str | Path, config: Any) -> Tensor:
     Raises:
         ValueError: if the file cannot be read, or was made for a model of another kind or shape.
     """
-    kind = config.get_text_config(decoder=True).model_type
+    kind = text_config(config).model_type
     try:
         with safe_open(str(path), framework="pt") as file:
             filters: Tensor = file.get_tensor("query_filters")
@@ -100,9 +100,9 @@ def checked_filters(filters: Tensor, config: Any) -> Tensor:
     Raises:
         ValueError: if it is not.
     """
-    text = config.get_text_config(decoder=True)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    expected = (*head_shape(config), dim)
+    expected = (*head_shape(config), head_dim(config))
     if tuple(filters.shape) != expected:
-        raise ValueError(f"query filters of shape {tuple(filters.shape)}; this {text.model_type} needs {expected}")
+        raise ValueError(
+            f"query filters of shape {tuple(filters.shape)}; this {text_config(config).model_type} needs {expected}"
+        )
     return filters

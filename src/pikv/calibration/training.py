@@ -16,6 +16,7 @@ from pikv.calibration.checkpoint import Checkpoint
 from pikv.calibration.samples import CalibrationSample, CalibrationSamples
 from pikv.calibration.targets import LayerReading, TargetStatistics, read_sample
 from pikv.hf.identity import fingerprint, model_signature
+from pikv.hf.shape import hidden_size
 from pikv.routing.base import MoERouter
 from pikv.routing.experts.base import RetentionExpert, rank_scores_of
 from pikv.routing.factory import create_moe_router
@@ -122,8 +123,7 @@ class Trainer:
             mixer.router.update_hit_rates(torch.minimum((read * kept.unsqueeze(2)).sum((0, 1)), totals), totals)
 
     def _new_mixer(self, kind: str) -> ExpertMixer:
-        hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
-        router = self.settings.new_router(kind, hidden_size, len(self.experts))
+        router = self.settings.new_router(kind, hidden_size(self.model.config), len(self.experts))
         heads = self.statistics.mean.shape[1]
         mixer = ExpertMixer(router, heads)
         # Experts' scores count little at first; what a token is sent to counts, from the first expert, which keeps least, to

@@ -5,15 +5,10 @@ from typing import Any
 
 from pikv.evaluation.methods import Method
 from pikv.evaluation.trial import failures_explained
+from pikv.hf.shape import num_positions
 
 QUESTION_TOKENS = 16
 """Positions that are left for a question."""
-
-
-def num_positions(model: Any) -> int | None:
-    """Positions that a model has; None where it names no limit."""
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
 
 
 def fitting_length(model: Any, wanted: int, num_new_tokens: int) -> int:
@@ -22,7 +17,7 @@ def fitting_length(model: Any, wanted: int, num_new_tokens: int) -> int:
     Raises:
         ValueError: if the model has not even positions for those.
     """
-    limit = num_positions(model)
+    limit = num_positions(model.config)
     if limit is None:
         return wanted
     if limit <= num_new_tokens + QUESTION_TOKENS:
@@ -36,7 +31,7 @@ def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int],
     Raises:
         ValueError: if they exceed the model's positions, or a method would keep nothing of the shortest.
     """
-    limit = num_positions(model)
+    limit = num_positions(model.config)
     if limit is not None and max(lengths) + num_new_tokens + QUESTION_TOKENS > limit:
         raise ValueError(
             f"a context of {max(lengths)} tokens, a question and {num_new_tokens} new tokens exceed "

@@ -13,6 +13,7 @@ from pikv.hf.attention import attach
 from pikv.hf.batch import BatchedCache
 from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.marks import CacheMark
+from pikv.hf.shape import text_config
 from pikv.hf.storage import read_layers, unpack_layer, write_layers
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PiKVCache(BatchedCache):
         if not hasattr(config, "get_text_config"):
             hint = "model.config, not the model itself" if hasattr(config, "config") else f"a model's config, not {config!r}"
             raise ValueError(f"PiKVCache takes {hint}")
-        super().__init__(config.get_text_config(decoder=True))
+        super().__init__(text_config(config))
         self._press = press
 
     @property
@@ -70,7 +71,7 @@ class PiKVCache(BatchedCache):
         Raises:
             ValueError: if it was made for another model.
         """
-        config = config.get_text_config(decoder=True)
+        config = text_config(config)
         check_same_model(model_signature(self.config), model_signature(config))
         self.config = config
         self._attach()

@@ -9,6 +9,7 @@ from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.hf.forward_pass import ForwardPass
 from pikv.hf.layers import PiKVLayer
+from pikv.hf.shape import num_kv_heads, num_layers
 from pikv.hf.sliding import SlidingLayer
 from pikv.hf.support import ragged_layers, sliding_window
 
@@ -26,7 +27,7 @@ class LayerContents(Cache):
         self.config = config
         self.ragged_layers = ragged_layers(config)
         self.forward_pass = ForwardPass()
-        layers = [self._new_layer(index) for index in range(config.num_hidden_layers)]
+        layers = [self._new_layer(index) for index in range(num_layers(config))]
         self.forward_pass.layers = layers
         super().__init__(layers=layers)
 
@@ -103,7 +104,7 @@ class LayerContents(Cache):
         if len({layer.get_seq_length() for layer in self.layers}) > 1:
             raise ValueError("its layers have seen different numbers of tokens")
         first = self.rows(self.ragged_layers[0])
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        heads = num_kv_heads(self.config)
         for index in self.ragged_layers:
             rows = self.rows(index)
             if (

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from pikv.hf.shape import text_config
+
 _lock = threading.RLock()  # a cache may be collected at any moment
 _waiting: dict[int, tuple[Any, Callable[[Any], None]]] = {}  # by id of the cache
 _handle: Any = None
@@ -45,7 +47,7 @@ def _stop_waiting(key: int) -> None:
 def _look(module: nn.Module, args: Any) -> None:
     if not isinstance(module, PreTrainedModel) or module.get_decoder() is module:
         return
-    config = module.config.get_text_config(decoder=True)
+    config = text_config(module.config)
     with _lock:
         found = [found for wanted, found in _waiting.values() if wanted is config]
     for tell in found:

@@ -32,6 +32,7 @@ from pikv.hf.sessions import (
     innermost_block,
     leave_block,
 )
+from pikv.hf.shape import text_config
 from pikv.hf.stand_in import Uncompiled
 from pikv.hf.support import attention_modules, check_supported
 
@@ -94,7 +95,7 @@ def follow(model: Any, opener: Opener, *, gives_way: bool = True) -> Iterator[No
     block = Block(modules=hooks.modules, opener=opener, gives_way=gives_way)
     with ExitStack() as leaving:
         leaving.callback(hooks.release, model)
-        leaving.callback(attach(model.config.get_text_config(decoder=True), block))
+        leaving.callback(attach(text_config(model.config), block))
         enter_block(block)
         leaving.callback(leave_block, block)
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from pikv.hf.shape import text_config
 from pikv.hf.support import attention_modules
 
 ModelSignature = dict[str, Any]
@@ -22,7 +23,7 @@ _IMMATERIAL = re.compile(
 
 def model_signature(config: Any) -> ModelSignature:
     """What decides over the keys of a model's decoder: its configuration without what is immaterial, as JSON has it."""
-    facts: ModelSignature = json.loads(json.dumps(_material(config.get_text_config(decoder=True).to_dict()), default=str))
+    facts: ModelSignature = json.loads(json.dumps(_material(text_config(config).to_dict()), default=str))
     return facts
 
 

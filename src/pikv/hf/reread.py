@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pikv.attention.capture import CaptureLogSumExp
 from pikv.core import MAX_NUMBERS, AttentionCall, BlockView, LayerView, Reread, plain_arithmetic
 from pikv.hf.hooks import ForwardInputs, observe
+from pikv.hf.shape import num_positions
 
 _TILE = 1 << 18  # products that exist at a time, few enough to stay in the processor's cache
 
@@ -72,7 +73,7 @@ def read_again(model: Any, inputs: ForwardInputs, how: Reread) -> dict[int, Tens
 
 def check_room(model: Any, inputs: ForwardInputs, how: Reread) -> None:
     """Raises ValueError unless the model has positions for a second reading of the forward pass that is about to begin."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     seen = inputs.cache.get_seq_length() + inputs.num_new
     needed = seen + len(how.prompt_ids) + min(how.chunk_size, inputs.num_new)
     if limit is not None and needed > limit:

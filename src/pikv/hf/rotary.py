@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pikv.hf.shape import text_config
 from pikv.hf.support import attention_modules, ragged_layers
 
 _UNSTEADY = ("dynamic", "longrope")  # frequencies that change with the length of the text
@@ -25,7 +26,7 @@ class Rotary:
     """
 
     def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config(decoder=True)
+        config = text_config(model.config)
         name = config.model_type
         found = _rotary_modules(model)
         if not found:

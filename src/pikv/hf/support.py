@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from pikv.hf.attention import looks_into_registry
+from pikv.hf.shape import num_layers, num_positions, text_config
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -15,7 +16,7 @@ def ragged_layers(config: Any) -> list[int]:
     Raises:
         ValueError: with the reason, for an architecture that PiKV cannot handle rightly.
     """
-    config = config.get_text_config(decoder=True)
+    config = text_config(config)
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported")
@@ -32,7 +33,7 @@ def ragged_layers(config: Any) -> list[int]:
 
 def sliding_window(config: Any) -> int:
     """How many tokens a layer that slides can see."""
-    window: int = config.get_text_config(decoder=True).sliding_window
+    window: int = text_config(config).sliding_window
     return window
 
 
@@ -46,12 +47,12 @@ def _layer_kinds(config: Any) -> list[str]:
         kind = _SLIDING
     elif getattr(config, "attention_chunk_size", None) is not None:
         kind = "chunked_attention"
-    return [kind] * int(config.num_hidden_layers)
+    return [kind] * num_layers(config)
 
 
 def _never_slides(config: Any) -> bool:
     """Whether the window is as long as any text that the model can read."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = num_positions(config)
     return limit is not None and sliding_window(config) >= limit
 
 
@@ -69,7 +70,7 @@ def check_supported(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} is not a transformers model")
-    config = config.get_text_config(decoder=True)
+    config = text_config(config)
     ragged = ragged_layers(config)
     modules = attention_modules(model)
     if not modules or not all(looks_into_registry(module) for module in modules.values()):
@@ -77,8 +78,8 @@ def check_supported(model: Any) -> None:
             f"{config.model_type}: its attention does not go through the attention registry of transformers, "
             "so PiKV cannot reach it"
         )
-    if len(modules) != config.num_hidden_layers:
-        raise ValueError(f"{config.model_type}: {len(modules)} attention modules for {config.num_hidden_layers} layers")
+    if len(modules) != num_layers(config):
+        raise ValueError(f"{config.model_type}: {len(modules)} attention modules for {num_layers(config)} layers")
     if not ragged:
         raise ValueError(
             f"{config.model_type}: every layer slides over the last {sliding_window(config)} tokens; "

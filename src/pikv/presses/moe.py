@@ -16,8 +16,8 @@ from pikv.cache.rows import RaggedRows
 from pikv.calibration.calibrate import calibrate
 from pikv.calibration.default_calibration import resolve
 from pikv.calibration.files import Calibration
-from pikv.calibration.heads import head_shape
 from pikv.core import Kept, LayerView
+from pikv.hf.shape import hidden_size, num_kv_heads
 from pikv.hf.support import ragged_layers
 from pikv.presses.catalog import first_line
 from pikv.presses.moe_stats import RouterRecords
@@ -193,9 +193,9 @@ class MoERouterPress(ScorerPress):
         )
 
     def _untrained(self, model: Any, num_experts: int) -> dict[int, ExpertMixer]:
-        hidden_size, heads = model.config.get_text_config(decoder=True).hidden_size, head_shape(model.config)[1]
+        num_inputs, heads = hidden_size(model.config), num_kv_heads(model.config)
         return {
-            layer: ExpertMixer(self._new_router(hidden_size, num_experts), heads).eval().to(model.device)
+            layer: ExpertMixer(self._new_router(num_inputs, num_experts), heads).eval().to(model.device)
             for layer in ragged_layers(model.config)
         }
 

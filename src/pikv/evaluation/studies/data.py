@@ -11,6 +11,7 @@ from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.lengths import fitting_length
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.retrieval import RetrievalTask
+from pikv.hf.shape import vocab_size
 from pikv.hf.support import check_supported
 from pikv.models.loading import check_device, check_dtype, load_model
 from pikv.models.random import build_random
@@ -94,8 +95,7 @@ def make_random(settings: DataSettings) -> Data:
         model, _ = settings.load()
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_size, settings.length_for(model))
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    batches = [torch.randint(vocab_size, shape, generator=generator) for _ in range(settings.num_batches)]
+    batches = [torch.randint(vocab_size(model.config), shape, generator=generator) for _ in range(settings.num_batches)]
     return Data(model=model, batches=batches, is_random=settings.model == "random")
 
 
