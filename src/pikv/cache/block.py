@@ -37,7 +37,7 @@ class RowBlock:
     def __init__(
         self, row_ids: list[int], sealed: Sequence[Segment], tail: DenseSegment, positions: Tensor | None = None
     ) -> None:
-        """``positions`` are ``[n, length]`` (int32), or with room for more."""
+        """``positions`` are ``[n, length]`` (int32), or have capacity for more."""
         self.row_ids = row_ids
         self.sealed = list(sealed)
         self.tail = tail
@@ -145,7 +145,7 @@ class RowBlock:
         """Copies some members' tokens into a new block.
 
         ``members`` number rows within this block, ``indices`` ``[m, length]`` the tokens to take of each, ascending; of every
-        segment all members take equally many (see ``counts_by_segment``). ``spare_capacity`` leaves a little room to grow.
+        segment all members take equally many (see ``counts_by_segment``). ``spare_capacity`` leaves a little for new ones.
         """
         count, length = indices.shape
         positions = None
@@ -215,14 +215,14 @@ class RowBlock:
         self.tail.truncate(length - self.num_sealed)
 
     def fit(self) -> None:
-        """Gives back room to grow, down to what tokens stored at once are given."""
+        """Gives back spare capacity, down to what tokens stored at once are given."""
         capacity = first_capacity(self.tail.length)
         if self.tail.capacity > capacity:
             self.tail.reserve(capacity)
             self._set_positions(None if self._positions is None else self.kept_positions())
 
     def seal(self, format: str) -> None:
-        """Stores all tokens in a format; room for new ones comes after them."""
+        """Stores all tokens in a format; new ones come after them, in the dense one."""
         if format == self.tail.format:
             if self.sealed:
                 self.tail = DenseSegment.encode(*self.dense())
@@ -266,7 +266,7 @@ class RowBlock:
         assert bool((self.kept_positions().diff(dim=1) > 0).all()), "positions do not ascend"
 
     def _set_positions(self, positions: Tensor | None) -> None:
-        """Stores positions ``[n, length]``, with as much room as there is for tokens."""
+        """Stores positions ``[n, length]``, with the same capacity as tokens have."""
         self._positions = None if positions is None else spread(positions, self.num_sealed + self.tail.capacity)
 
 

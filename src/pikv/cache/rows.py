@@ -263,7 +263,7 @@ class RaggedRows:
         )
 
     def fit(self) -> None:
-        """Gives back room to grow, down to what tokens stored at once are given."""
+        """Gives back spare capacity, down to what tokens stored at once are given."""
         with plain_tensors():
             for block in self.blocks:
                 block.fit()

@@ -52,7 +52,7 @@ class RowTable:
         return cls(addresses.to(device), lengths.to(device), formats.to(device), tails.to(device), names)
 
     def grow(self, num_tokens: int) -> None:
-        """Notes that every row got ``num_tokens`` tokens in the room that it had."""
+        """Notes that every row got ``num_tokens`` tokens within its capacity."""
         rows = torch.arange(len(self.tails), device=self.tails.device)
         self.lengths[rows, self.tails] += num_tokens
 

@@ -31,7 +31,19 @@ _CHECKPOINT_EVERY = 25
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How routers are trained; ``options`` are further options of a kind of router, by kind."""
+    """How routers are trained.
+
+    Attributes:
+        kinds: of router, by name
+        top_k: experts that a token goes to
+        capacity_factor: slots of an expert, over what an even spread would need
+        dropout: share of the gate's inputs that is left out
+        aux_loss_weight: weight of the routers' own loss
+        num_tokens: of each context
+        num_steps: of the optimizer
+        seed: of contexts, order and dropout
+        options: further options of a kind of router, by kind
+    """
 
     kinds: tuple[str, ...]
     top_k: int = 2

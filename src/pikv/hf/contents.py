@@ -51,7 +51,7 @@ class LayerContents(Cache):
 
     @property
     def compression_ratio(self) -> float:
-        """``1 - nbytes / dense_nbytes``; slightly below 0 for a full cache that has room to grow."""
+        """``1 - nbytes / dense_nbytes``; slightly below 0 for a full cache with spare capacity."""
         return 1 - self.nbytes / self.dense_nbytes if self.dense_nbytes else 0.0
 
     @property

@@ -19,15 +19,15 @@ _waiting: dict[int, tuple[Any, Callable[[Any], None]]] = {}  # by id of the cach
 _handle: Any = None
 
 
-def when_called(cache: Any, config: Any, found: Callable[[Any], None]) -> Callable[[], Any]:
-    """Calls ``found`` with every language model of this very configuration that is called, before it computes anything.
+def when_called(cache: Any, config: Any, on_call: Callable[[Any], None]) -> Callable[[], Any]:
+    """Calls ``on_call`` with every language model of this very configuration that is called, before it computes anything.
 
     It ends when the function that is returned is called, or the cache is gone. Until then every module of every model in the
     process looks here first, which takes about a microsecond.
     """
     global _handle
     with _lock:
-        _waiting[id(cache)] = config, found
+        _waiting[id(cache)] = config, on_call
         if _handle is None:
             _handle = register_module_forward_pre_hook(torch.compiler.disable(_look))
     finalizer = weakref.finalize(cache, _stop_waiting, id(cache))
@@ -49,6 +49,6 @@ def _look(module: nn.Module, args: Any) -> None:
         return
     config = text_config(module.config)
     with _lock:
-        found = [found for wanted, found in _waiting.values() if wanted is config]
-    for tell in found:
-        tell(module)
+        callbacks = [on_call for wanted, on_call in _waiting.values() if wanted is config]
+    for on_call in callbacks:
+        on_call(module)

@@ -22,7 +22,7 @@ from pikv.hf.generation import guard, unguard
 from pikv.hf.sessions import (
     Block,
     ForwardInputs,
-    Opener,
+    ListenerFactory,
     Pass,
     begin_pass,
     blocks_elsewhere,
@@ -36,7 +36,7 @@ from pikv.hf.shape import text_config
 from pikv.hf.stand_in import Uncompiled
 from pikv.hf.support import attention_modules, check_supported
 
-__all__ = ["ForwardInputs", "carry", "follow", "observe"]
+__all__ = ["ForwardInputs", "follow", "follow_cache", "observe"]
 
 
 def _ignore(observed: Any) -> None:
@@ -81,7 +81,7 @@ def observe(
 
 
 @contextmanager
-def follow(model: Any, opener: Opener, *, gives_way: bool = True) -> Iterator[None]:
+def follow(model: Any, new_listener: ListenerFactory, *, gives_way: bool = True) -> Iterator[None]:
     """Has every forward pass of ``model`` in this context followed by a listener of its own, until the block ends.
 
     Of nested blocks the innermost acts; one that ``gives_way`` leaves caches that carry a press to that press.
@@ -92,7 +92,7 @@ def follow(model: Any, opener: Opener, *, gives_way: bool = True) -> Iterator[No
     model = uncompiled(model)
     check_supported(model)
     hooks = _install(model)
-    block = Block(modules=hooks.modules, opener=opener, gives_way=gives_way)
+    block = Block(modules=hooks.modules, new_listener=new_listener, gives_way=gives_way)
     with ExitStack() as leaving:
         leaving.callback(hooks.release, model)
         leaving.callback(attach(text_config(model.config), block))
@@ -101,19 +101,19 @@ def follow(model: Any, opener: Opener, *, gives_way: bool = True) -> Iterator[No
         yield
 
 
-def carry(model: Any, cache: PiKVCache, make_opener: Callable[[Any], Opener]) -> None:
+def follow_cache(model: Any, cache: PiKVCache, make_factory: Callable[[Any], ListenerFactory]) -> None:
     """Has every forward pass of ``model`` on ``cache`` followed, for as long as the cache lives; does nothing the second time.
 
-    ``make_opener`` is called with the model when the cache first arrives there, before anything is computed.
+    ``make_factory`` is called with the model at the first such pass, before anything is computed.
     """
     hooks = _hooks_of(model)
-    if hooks and cache in hooks.makers:
+    if hooks and cache in hooks.factory_makers:
         return
     check_supported(model)
     hooks = _install(model)
     # The hooks belong to the model; what a cache holds on to must not keep either of them.
     held, owner = weakref.ref(hooks), weakref.ref(model)
-    hooks.makers[cache] = lambda: make_opener(owner())
+    hooks.factory_makers[cache] = lambda: make_factory(owner())
     weakref.finalize(cache, _release, held, owner).atexit = False
 
 
@@ -143,8 +143,8 @@ class ModelHooks:
         self.config = model.config
         self.num_holders = 0
         self.modules: WeakSet[nn.Module] = WeakSet(attention_modules(model).values())
-        self.makers: WeakKeyDictionary[PiKVCache, Callable[[], Opener]] = WeakKeyDictionary()
-        self.openers: WeakKeyDictionary[PiKVCache, Opener] = WeakKeyDictionary()
+        self.factory_makers: WeakKeyDictionary[PiKVCache, Callable[[], ListenerFactory]] = WeakKeyDictionary()
+        self.factories: WeakKeyDictionary[PiKVCache, ListenerFactory] = WeakKeyDictionary()
         decoder = model.get_decoder()  # reached by model(...) and by model.model(...)
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         before, after, inside = (_Hook(self, act) for act in (self.enter_model, self.leave_model, self.enter_attention))
@@ -213,24 +213,24 @@ class ModelHooks:
             attention_mask=given.get("attention_mask"),
         )
         if block is None or (carries and block.gives_way):
-            block, opener = None, lambda inputs: self._opener_of(inputs.cache)(inputs)
+            block, new_listener = None, lambda inputs: self._factory_of(inputs.cache)(inputs)
         else:
-            assert block.opener is not None
-            opener = block.opener
+            assert block.new_listener is not None
+            new_listener = block.new_listener
         forward_pass.block, forward_pass.inputs = block, inputs
-        forward_pass.listen(opener)
+        forward_pass.listen(new_listener)
         return (), {**given, "past_key_values": cache}
 
-    def _opener_of(self, cache: PiKVCache) -> Opener:
+    def _factory_of(self, cache: PiKVCache) -> ListenerFactory:
         """What the press that a cache carries follows its forward passes with."""
-        opener = self.openers.get(cache)
-        if opener is None and cache not in self.makers:
+        new_listener = self.factories.get(cache)
+        if new_listener is None and cache not in self.factory_makers:
             raise ValueError(
                 "this cache carries a press and is of no model yet: a cache from a pickle needs attach_to(model.config)"
             )
-        if opener is None:
-            opener = self.openers[cache] = self.makers[cache]()
-        return opener
+        if new_listener is None:
+            new_listener = self.factories[cache] = self.factory_makers[cache]()
+        return new_listener
 
     def leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward_pass = end_pass(self.modules)

@@ -71,7 +71,7 @@ def read_again(model: Any, inputs: ForwardInputs, how: Reread) -> dict[int, Tens
     return {layer: _of_these(most, places[layer], first_new.to(most.device)) for layer, most in attention.items()}
 
 
-def check_room(model: Any, inputs: ForwardInputs, how: Reread) -> None:
+def check_num_positions(model: Any, inputs: ForwardInputs, how: Reread) -> None:
     """Raises ValueError unless the model has positions for a second reading of the forward pass that is about to begin."""
     limit = num_positions(model.config)
     seen = inputs.cache.get_seq_length() + inputs.num_new

@@ -51,7 +51,7 @@ class Listener(Protocol):
     def after_forward(self, inputs: ForwardInputs) -> None: ...
 
 
-Opener = Callable[[ForwardInputs], Listener]
+ListenerFactory = Callable[[ForwardInputs], Listener]
 """Is asked for a listener before a forward pass computes anything; may raise to refuse it."""
 
 
@@ -60,20 +60,20 @@ class Block:
     """An open ``with`` block around ``modules``, the attention modules of one model.
 
     Attributes:
-        opener: makes the listener of each forward pass
+        new_listener: makes the listener of each forward pass
         gives_way: whether a cache that carries a press of its own is left to that
         threads: those that were running when the block was opened
     """
 
     modules: WeakSet[nn.Module]
-    opener: Opener | None
+    new_listener: ListenerFactory | None
     gives_way: bool = False
     threads: frozenset[int | None] = field(default_factory=lambda: frozenset(each.ident for each in threading.enumerate()))
     has_warned: bool = False
 
     @property
     def is_open(self) -> bool:
-        return self.opener is not None
+        return self.new_listener is not None
 
 
 @dataclass(eq=False)
@@ -105,11 +105,11 @@ class Pass:
         self.module_inputs = None
         return hidden_states, arguments
 
-    def listen(self, opener: Opener) -> None:
+    def listen(self, new_listener: ListenerFactory) -> None:
         """Asks for the listener, which may call the model itself to get ready."""
         assert self.inputs is not None
         with self._telling():
-            self.listener = opener(self.inputs)
+            self.listener = new_listener(self.inputs)
 
     def tell(self, call: AttentionCall) -> None:
         """Hands an attention call on to the listener."""
@@ -138,7 +138,7 @@ def enter_block(block: Block) -> None:
 
 def leave_block(block: Block) -> None:
     """Closes a block, also for contexts that were copied from the one that opened it."""
-    block.opener = None
+    block.new_listener = None
     _everywhere.discard(block)
     _blocks.set(tuple(each for each in _blocks.get() if each.is_open))
     _passes.set(tuple(each for each in _passes.get() if each.block is not block))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pikv.checks import check_ratio
 from pikv.core import Kept, LayerView
 from pikv.hf.cache import PiKVCache
-from pikv.presses.session import accompany, apply
+from pikv.presses.session import apply, apply_to_cache
 from pikv.presses.stage import FreeStage, Stage, StageSource
 
 
@@ -56,7 +56,7 @@ class BasePress(StageSource):
 
     def carried_by(self, cache: PiKVCache) -> None:
         """Compresses ``cache`` for as long as it lives, see ``PiKVCache(config, press=...)``."""
-        accompany(self, cache)
+        apply_to_cache(self, cache)
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""

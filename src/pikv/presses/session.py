@@ -17,9 +17,9 @@ from pikv.cache.rows import RaggedRows
 from pikv.core import AttentionCall, LayerView, Needs, plain_arithmetic
 from pikv.hf.cache import CacheMark, PiKVCache
 from pikv.hf.first_use import when_called
-from pikv.hf.hooks import carry, follow, uncompiled
-from pikv.hf.reread import check_room, read_again
-from pikv.hf.sessions import ForwardInputs, Opener
+from pikv.hf.hooks import follow, follow_cache, uncompiled
+from pikv.hf.reread import check_num_positions, read_again
+from pikv.hf.sessions import ForwardInputs, ListenerFactory
 from pikv.hf.support import check_supported, ragged_layers
 from pikv.presses.stage import Stage, StageSource
 from pikv.presses.stats import LastLength, StatsRecorder
@@ -30,29 +30,29 @@ from pikv.scoring.token_state import token_states_of
 @contextmanager
 def apply(press: StageSource, model: Any) -> Iterator[None]:
     """Lets ``press`` compress the caches of ``model`` that the context fills which entered the block, until it ends."""
-    with follow(model, opener_of(press, uncompiled(model))):
+    with follow(model, listener_factory(press, uncompiled(model))):
         yield
 
 
-def accompany(press: StageSource, cache: PiKVCache) -> None:
+def apply_to_cache(press: StageSource, cache: PiKVCache) -> None:
     """Lets ``press`` compress ``cache``, whichever model of its configuration it is used with, for as long as it lives.
 
     The press is bound to the model at first use.
     """
 
-    def found(model: Any) -> None:
+    def on_call(model: Any) -> None:
         if held := reference():
-            carry(model, held, arrived)
+            follow_cache(model, held, bind)
 
-    def arrived(model: Any) -> Opener:
+    def bind(model: Any) -> ListenerFactory:
         stop_waiting()
-        return opener_of(press, model)
+        return listener_factory(press, model)
 
     reference = ref(cache)  # what waits for the cache's model must not keep the cache
-    stop_waiting = when_called(cache, cache.config, found)
+    stop_waiting = when_called(cache, cache.config, on_call)
 
 
-def opener_of(press: StageSource, model: Any) -> Opener:
+def listener_factory(press: StageSource, model: Any) -> ListenerFactory:
     """Binds ``press`` to ``model``; returns what makes a session for a forward pass."""
     check_supported(model)  # before a press looks at the model in its own way
     return Session(press, model, press.bind(model)).begin
@@ -104,7 +104,7 @@ class Session:
         if self.reread and self.waits:
             if inputs.input_ids is None:
                 raise ValueError(f"{self.press!r} reads the context twice and needs its input_ids")
-            check_room(self.model, inputs, self.reread)
+            check_num_positions(self.model, inputs, self.reread)
 
     def after_attention(self, call: AttentionCall) -> None:
         """Lets the stages whose time has come decide about the layer that was just computed."""
@@ -122,7 +122,7 @@ class Session:
                 attention = read_again(self.model, inputs, self.reread)
                 for layer, call in self.waiting.items():
                     self.act(call, attention[layer])
-                    call.rows.fit()  # the second reading needed room
+                    call.rows.fit()  # the second reading needed capacity
             except BaseException:
                 assert self.before is not None
                 inputs.cache.drop_since(self.before)  # the pass is not over yet, and leaves nothing if it fails

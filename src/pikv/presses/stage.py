@@ -36,7 +36,7 @@ class Stage(ABC):
 
     @property
     def is_bounded_in_bytes(self) -> bool:
-        """Whether room to grow counts, too."""
+        """Whether spare capacity counts, too."""
         return False
 
     @property

@@ -72,7 +72,7 @@ def _spread(weight: Tensor, counts: Tensor, num_devices: int) -> Tensor:
 
 
 def _pack(loads: Tensor, num_bins: int) -> Tensor:
-    """Puts the heaviest item left into the emptiest bin with room; items ``[X, num_bins, size]`` for loads ``[X, n]``."""
+    """Puts the heaviest item left into the emptiest bin not yet full; items ``[X, num_bins, size]`` for loads ``[X, n]``."""
     num_rows, num_items = loads.shape
     size = num_items // num_bins
     totals = loads.new_zeros(num_rows, num_bins)

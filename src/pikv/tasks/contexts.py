@@ -9,7 +9,14 @@ from pikv.tasks.retrieval import WORDS_PER_RECORD, Sample, make_retrieval
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedQuestion:
-    """A question as tokens that follow a context, its answer as text if that is known, and how many tokens to answer with."""
+    """A question about a context.
+
+    Attributes:
+        prompt: the question as text
+        prompt_ids: its tokens, which follow the context
+        answer: the right one as text; None if it is not known
+        num_answer_tokens: how many tokens to answer with
+    """
 
     prompt: str
     prompt_ids: list[int]

@@ -14,11 +14,17 @@ WORDS_PER_RECORD = 6  # mark, adjective, noun, three numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question about a context: ``prompt`` follows the context, ``answer`` is what a right model continues with."""
+    """One question about a context.
+
+    Attributes:
+        prompt: follows the context
+        answer: what a right model continues with
+        record_start, record_end: where the record lies that it asks for, in characters of the context
+    """
 
     prompt: str
     answer: str
-    record_start: int  # in characters of the context
+    record_start: int
     record_end: int
 
 

@@ -1,4 +1,4 @@
-"""The dense format: keys and values as the model computed them, in place, with room to grow."""
+"""The dense format: keys and values as the model computed them, with spare capacity to grow in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pikv.indices import index_tensor
 
 _GROWTH_SHARE = 8  # an overfull segment grows by an eighth, so that appending stays O(1) per token on average
 _GROWTH_MIN = 16
-_FIRST_SLACK_SHARE = 128  # room left beside tokens that were just stored: under 1% of their bytes
+_FIRST_SLACK_SHARE = 128  # spare capacity beside tokens that were just stored: under 1% of their bytes
 
 
 def first_capacity(length: int) -> int:
@@ -25,7 +25,7 @@ def first_capacity(length: int) -> int:
 
 
 def fitting_length(capacity: int) -> int:
-    """The most tokens that can be stored at once in room for ``capacity``."""
+    """The most tokens that can be stored at once in a ``capacity``."""
     return capacity * _FIRST_SLACK_SHARE // (_FIRST_SLACK_SHARE + 1)
 
 
@@ -35,7 +35,7 @@ def grown_capacity(length: int) -> int:
 
 
 def largest_capacity(length: int) -> int:
-    """The most room that files keep beside ``length`` tokens, however many there were before."""
+    """The largest capacity that files keep beside ``length`` tokens, however many there were before."""
     return grown_capacity(2 * length + 1)
 
 
@@ -99,7 +99,7 @@ class DenseSegment(Segment):
         return attend_part(queries, keys, values, params, self.length - num_own if num_own else None)
 
     def gather(self, members: Sequence[int], indices: Tensor | None = None, capacity: int | None = None) -> DenseSegment:
-        """As for every segment; with room for ``capacity`` tokens, by default for as many as there are."""
+        """As for every segment; with a ``capacity`` in tokens, by default for as many as there are."""
         if indices is None:
             indices = torch.arange(self.length, device=self.location).expand(len(members), -1)
         count, length = indices.shape
@@ -111,7 +111,7 @@ class DenseSegment(Segment):
 
     @classmethod
     def stack(cls, parts: Sequence[tuple[Segment, int]], capacity: int | None = None) -> DenseSegment:
-        """As for every segment; with room for ``capacity`` tokens, by default for as many as there are."""
+        """As for every segment; with a ``capacity`` in tokens, by default for as many as there are."""
         first, _ = parts[0]
         assert isinstance(first, DenseSegment)
         capacity = first.length if capacity is None else capacity
