@@ -3,9 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PACKAGE := build/package
 KVPRESS := .venv-kvpress
 
-.PHONY: compare test test-kvpress fuzz models lint types bench gpu docs clean
+.PHONY: help compare test test-kvpress test-package fuzz models tables lint types bench gpu docs clean
+
+help:  # this list
+	@grep -E '^[a-z-]+:.*  # ' Makefile | sed -E 's/:.*  # /\t/' | expand -t 16
 
 compare: $(STAMP)
 	$(BIN)/pikv compare
