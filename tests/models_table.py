@@ -1,7 +1,7 @@
-"""Writes the README's table of models from what the matrix of tests found: ``make models``.
+"""Writes the table of models in ``docs/models.md`` from what the matrix of tests found: ``make models``.
 
 A pytest plugin: it collects the outcome of every cell of ``presses/test_matrix.py`` and, when all have run, replaces the table
-between the README's marks.
+between its marks.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import transformers
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- models: written by make models -->", "<!-- end of models -->"
 DTYPES = ["float32", "bfloat16", "float16"]
 NAMES = {
@@ -54,9 +54,9 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput") and _outcomes:
-        text = README.read_text()
+        text = DOCUMENT.read_text()
         before, _, rest = text.partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}")
+        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}")
 
 
 def table():
