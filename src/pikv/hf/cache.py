@@ -210,12 +210,21 @@ class PiKVCache(Cache):
         return rows
 
     def lengths(self, layer_idx: int) -> Tensor:
-        """Kept tokens per row, ``[B, G]`` (int64)."""
-        return self.rows(layer_idx).lengths
+        """Kept tokens per row, ``[B, G]`` (int64), before the forward pass under way or interrupted, if there is one."""
+        if self.forward_pass.mark_of(self.layers[layer_idx]) is None:
+            return self.rows(layer_idx).lengths
+        return torch.tensor([[len(head) for head in heads] for heads in self.positions(layer_idx)])
 
     def positions(self, layer_idx: int) -> list[list[Tensor]]:
-        """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64)."""
-        return self.rows(layer_idx).positions()
+        """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64).
+
+        While a forward pass is under way, or after one was interrupted, those of before it.
+        """
+        self.rows(layer_idx)  # raises where there are none
+        positions: list[list[Tensor]] | None = self.layers[layer_idx].positions()
+        if positions is None:
+            raise ValueError(f"layer {layer_idx} holds nothing yet")
+        return positions
 
     def state(self, layer_idx: int) -> dict[Any, RowState]:
         """What was noted about a layer's rows, by owner."""
@@ -283,6 +292,17 @@ class PiKVCache(Cache):
         self.forward_pass.forget()
         self.forward_pass.is_padded_in_front = mark.is_padded_in_front
         self._note_takeback()
+
+    def remember_rows(self, layer_idx: int, mark: "CacheMark | None" = None) -> None:
+        """Has a layer's tokens of earlier passes kept as they are, for the pass under way or for ``drop_since(mark)``.
+
+        A press asks for it before it changes their keys: dropping the newest tokens does not undo that.
+        """
+        layer = self.layers[layer_idx]
+        if mark is None:
+            self.forward_pass.remember_rows(layer)
+        else:
+            mark.layers[layer_idx] = layer.with_rows(mark.layers[layer_idx])
 
     def select(self, sequences: Sequence[int] | Tensor) -> "PiKVCache":
         """A cache of the given sequences of the batch, each as often as it is named; this one stays as it is.
@@ -356,7 +376,8 @@ class PiKVCache(Cache):
     def undo_interrupted(self) -> None:
         """Takes back what a forward pass that was interrupted left in the layers, as every other operation does first.
 
-        Until then ``lengths``, ``positions`` and ``nbytes`` still show it, while ``get_seq_length`` does not.
+        Before that ``lengths``, ``positions``, ``get_seq_length`` and ``dense_nbytes`` leave it out already; ``nbytes`` counts
+        what is allocated, and ``rows`` is what the layer holds.
         """
         self.forward_pass.undo()
 

@@ -53,6 +53,10 @@ class _RotatingStage(ScoredStage):
     def of(cls, stage: ScoredStage, rotary: Rotary) -> "_RotatingStage":
         return cls(**{each.name: getattr(stage, each.name) for each in fields(stage)}, rotary=rotary, inner=stage)
 
+    @property
+    def changes_keys(self) -> bool:
+        return True
+
     def decide(self, view: LayerView) -> Decision:
         self._check(view)  # before anything is evicted
         return super().decide(view)
