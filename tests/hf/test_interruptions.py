@@ -104,8 +104,15 @@ ROTATIONS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", [0, 1, "turning"])
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *(("snapkv", where) for where in (0, 1, "turning")),
+        ("behind another", "turning"),
+        ("second reading", 1),
+        ("while decoding", 0),
+    ],
+)
 def test_keys_that_were_turned_in_an_interrupted_pass_are_turned_back(llama, monkeypatch, name, where):
     press, (ids, mask) = ROTATIONS[name](), batch_of([50, 33])
     steady, broken = PiKVCache(llama.config), PiKVCache(llama.config)

@@ -62,8 +62,10 @@ class PiKVLayer(HFLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows and of the state beside them."""
-        return (self.rows.nbytes if self.rows else 0) + sum(state.nbytes for state in self.state.values())
+        """Bytes of the rows and of the state beside them, and of a copy that a pass under way may need to be undone."""
+        before = self.forward_pass.mark_of(self)
+        held = [rows.nbytes for rows in (self.rows, before and before.rows) if rows]
+        return sum(held) + sum(state.nbytes for state in self.state.values())
 
     @property
     def dense_nbytes(self) -> int:

@@ -127,7 +127,7 @@ class Session:
             try:
                 # Padding counts as columns, but alone a sequence that loses nothing would not be read again.
                 seen = next(iter(self.waiting.values())).seen
-                loses_nothing = torch.tensor([self._min_kept(num_tokens) >= num_tokens for num_tokens in seen])
+                loses_nothing = torch.tensor([not tokens or self._min_kept(tokens) >= tokens for tokens in seen])
                 is_needed = not bool(loses_nothing.all())
                 attention = read_again(self.model, inputs, self.reread) if is_needed else {}
                 for layer, call in self.waiting.items():
