@@ -86,9 +86,8 @@ class PiKVLayer(HFLayer):
             return None
         if before is None:
             return self.rows.positions()
-        if before.rows is not None:
-            return before.rows.positions()
-        held = zip(self.rows.positions(), before.seen, strict=True)
+        rows: RaggedRows = self.rows if before.rows is None else before.rows
+        held = zip(rows.positions(), before.seen, strict=True)
         return [[positions[positions < seen] for positions in heads] for heads, seen in held]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
