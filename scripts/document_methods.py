@@ -1,4 +1,4 @@
-"""Writes the tables of presses in ``docs/methods.md`` and the reference of presses, from what is registered: ``make tables``."""
+"""Writes the tables of presses in ``docs`` from what is registered: ``make tables``."""
 
 import re
 from collections.abc import Iterable

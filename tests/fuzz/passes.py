@@ -77,6 +77,7 @@ class Passes:
         self.only = only
         self.model = model_of(conversation.family)
         self.refusals: Counter[str] = Counter()
+        self.refused_by_operation: list[int] = []  # how much was refused up to the end of each
         self.num_layers = len(PiKVCache(self.model.config).ragged_layers)
         self.presses = [self._build(press) for press in conversation.presses]
         self.evicted: list[Counter[int]] = [Counter() for _ in self.presses]

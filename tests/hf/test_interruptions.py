@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from pikv import PiKVCache
-from pikv.presses import DecodingPress, DuoAttentionPress, KeyRerotationPress, NoCompressionPress, SnapKVPress
+from pikv.hf.rotary import Rotary
+from pikv.presses import (
+    ComposedPress,
+    DecodingPress,
+    DuoAttentionPress,
+    KeyRerotationPress,
+    KnormPress,
+    KVzipPress,
+    NoCompressionPress,
+    SnapKVPress,
+)
 from tiny import batch_of, build
 
 PRESSES = {
@@ -85,27 +95,136 @@ def test_what_the_attention_function_refuses_is_taken_back(llama):
     assert cache.get_seq_length() == 25
 
 
+ROTATIONS = {
+    "snapkv": lambda: KeyRerotationPress(SnapKVPress(0.5, window_size=4)),
+    "behind another": lambda: KeyRerotationPress(ComposedPress([DuoAttentionPress(0.2), SnapKVPress(0.5)])),
+    "second reading": lambda: KeyRerotationPress(KVzipPress(0.5, layerwise=True)),
+    "while decoding": lambda: DecodingPress(KeyRerotationPress(KnormPress(0.5)), target_size=20, compression_interval=1),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_keys_that_were_turned_in_an_interrupted_pass_are_never_used(llama, layer):
-    press, cache = KeyRerotationPress(SnapKVPress(0.5)), PiKVCache(llama.config)
-    with press(llama):
-        llama(batch_of([40])[0], past_key_values=cache)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *(("snapkv", where) for where in (0, 1, "turning")),
+        ("behind another", "turning"),
+        ("second reading", 1),
+        ("while decoding", 0),
+    ],
+)
+def test_keys_that_were_turned_in_an_interrupted_pass_are_turned_back(llama, monkeypatch, name, where):
+    press, (ids, mask) = ROTATIONS[name](), batch_of([50, 33])
+    steady, broken = PiKVCache(llama.config), PiKVCache(llama.config)
+    rotate, is_armed, interrupted = Rotary.rotate, False, 0
+
+    def interrupt(*args):
+        nonlocal interrupted
+        interrupted += is_armed
+        if is_armed:
+            raise KeyboardInterrupt
+
+    def rotate_after(self, vectors, positions, layer_idx):
+        if layer_idx == 2:
+            interrupt()
+        return rotate(self, vectors, positions, layer_idx)
+
+    def read(new, cache):
+        whole = torch.cat([mask, mask.new_ones(2, cache.get_seq_length() + new.shape[1] - mask.shape[1])], 1)
+        with press(llama):
+            return llama(new, past_key_values=cache, attention_mask=whole).logits
+
+    if where == "turning":  # all other layers were turned
+        monkeypatch.setattr(Rotary, "rotate", rotate_after)
+    else:  # between two layers, and where all is read again, after that
+        module = llama.model.layers[where]
+        module.self_attn.register_forward_hook(interrupt) if name != "second reading" else monkeypatch.setattr(
+            PiKVCache,
+            "remember_rows",
+            lambda cache, layer, mark, remember=PiKVCache.remember_rows: (
+                interrupt() if layer == where + 1 else remember(cache, layer, mark)
+            ),
+        )
+    size = 1 if name == "while decoding" else 9
+    for seed, num_tokens in enumerate((50, size, size)):
+        new = ids if num_tokens == 50 else batch_of([size, size], seed)[0]
+        before = kept(broken) if seed else {}
+        is_armed = seed > 0
+        if is_armed:
+            with pytest.raises(KeyboardInterrupt):
+                read(new, broken)
+            assert kept(broken) == before
+        is_armed = False
+        assert torch.equal(read(new, steady), read(new, broken))
+        assert kept(broken) == kept(steady)
+    broken.check_integrity()
+    assert interrupted == 2
+
+
+def shown(cache):
+    return cache.get_seq_length(), cache.dense_nbytes, kept(cache), [cache.lengths(layer).tolist() for layer in range(3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("make", [NoCompressionPress, lambda: KeyRerotationPress(KnormPress(0.5))])
+def test_readers_leave_out_what_was_interrupted(llama, make, layer):
+    cache = PiKVCache(llama.config)
+    (ids, mask), press = batch_of([50, 33]), make()
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    hook = llama.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), press(llama):
-        llama(batch_of([9], seed=1)[0], past_key_values=cache)
+    def read_interrupted(new, mask):
+        hook = llama.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), press(llama):
+            llama(new, past_key_values=cache, attention_mask=mask)
+        hook.remove()
+
+    read_interrupted(ids, mask)
+    assert (cache.get_seq_length(), cache.dense_nbytes) == (0, 0)
+    with pytest.raises(ValueError, match="layer 0 holds nothing yet"):
+        cache.lengths(0)
+    with press(llama):
+        llama(ids, past_key_values=cache, attention_mask=mask)
+    whole = torch.cat([mask, mask.new_ones(2, 9)], 1)
+    read_interrupted(batch_of([9, 9], seed=1)[0], whole)
+    at_once = shown(cache)
+    cache.undo_interrupted()
+    assert shown(cache) == at_once
+    assert at_once[0] == 50
+    assert at_once[1] == 3 * sum([50, 33]) * cache.rows(0).num_kv_heads * cache.rows(0).bytes_per_token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_pass_that_never_reached_a_layer_lends_its_mask_to_no_other(family, is_first):
+    model, (ids, mask) = build(family), batch_of([9, 5])
+    cache, steady = PiKVCache(model.config), PiKVCache(model.config)
+    columns = 9
+    if not is_first:
+        for each in (cache, steady):
+            model(ids, attention_mask=mask, past_key_values=each)
+        mask, columns = torch.cat([mask, mask], 1), 18
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def read(attention_mask):
+        return model(ids, attention_mask=attention_mask, past_key_values=cache)
+
+    hook = next(module for module in model.modules() if hasattr(module, "layer_idx")).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(mask)
     hook.remove()
-    if layer == 2:  # attention and decisions were over in all layers
-        assert cache.get_seq_length() == 49
-        return
-    with pytest.raises(ValueError, match="turned in a forward pass that was interrupted"):
-        llama(batch_of([9], seed=2)[0], past_key_values=cache)
-    cache.reset()
-    llama(batch_of([9], seed=2)[0], past_key_values=cache)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="ready-made 4D mask"):
+            read(torch.zeros((2, 1, 9, columns)))
+    assert cache.get_seq_length() == columns - 9
+    expected = model(ids, attention_mask=mask, past_key_values=steady).logits
+    assert torch.equal(read(mask).logits, expected)
+    cache.check_integrity()
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from pikv.cli.entry import main
 main()
 """
 
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel and the source distribution, built from what is in the repository."""
@@ -71,7 +72,8 @@ def test_the_source_distribution_builds_the_same(built):
 
 
 def run(code, installed, folder):
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True)
+    environment = {"PYTHONPATH": str(installed)}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_library_alone_compresses(installed, tmp_path):

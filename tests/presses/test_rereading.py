@@ -93,6 +93,32 @@ def test_nothing_is_read_again_where_nothing_has_to_go(llama):
     assert cache.lengths(0).tolist() == [[80] * 4]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["kvzip:0.5", "layerwise", "knorm:0+kvzip:0.3", "kvzip 30", "layerwise 30"])
+def test_each_sequence_of_a_batch_is_read_again_as_alone(llama, spec):
+    presses = {
+        "layerwise": lambda: KVzipPress(0.5, layerwise=True, sink_size=0),
+        "kvzip 30": lambda: KVzipPress(budget=30),
+        "layerwise 30": lambda: KVzipPress(budget=30, layerwise=True),
+    }
+    make = presses.get(spec) or (lambda: pikv.get_press(spec))
+    turns = [batch_of(lengths, seed) for seed, lengths in enumerate(([40, 20, 1], [3, 60, 10], [30, 12, 40]))]
+    together, mask = PiKVCache(llama.config), torch.zeros((3, 0), dtype=torch.long)
+    for ids, is_token in turns:
+        mask = torch.cat([mask, is_token], 1)
+        with make()(llama):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            llama(ids, attention_mask=mask, position_ids=positions, past_key_values=together)
+    for sequence in range(3):
+        alone = PiKVCache(llama.config)
+        for ids, is_token in turns:
+            with make()(llama):
+                llama(ids[sequence : sequence + 1, is_token[sequence].bool()], past_key_values=alone)
+        for layer in range(3):
+            here, there = together.positions(layer)[sequence], alone.positions(layer)[0]
+            assert [row.tolist() for row in here] == [row.tolist() for row in there]
+
+
 @pytest.mark.parametrize("broken_layer", [0, 2])
 def test_a_second_reading_that_is_interrupted_leaves_nothing_of_the_turn(llama, broken_layer):
     cache, calls = PiKVCache(llama.config), calls_of(llama)

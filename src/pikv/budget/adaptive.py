@@ -32,8 +32,8 @@ class AdaptiveHeadBudget(Budget):
     def target_lengths(self, view: LayerView) -> Tensor:
         return self.inner.target_lengths(view)
 
-    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
-        return bool((target_lengths.sum(1) >= view.kept.lengths.sum(1)).all())
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> Tensor:
+        return target_lengths.sum(1) >= view.kept.lengths.sum(1)
 
     def counts(self, view: LayerView, scores: Tensor, target_lengths: Tensor) -> Tensor:
         safe = (view.budget.double() * self.safeguard).floor().long().clamp(min=1)

@@ -26,9 +26,9 @@ class Budget(ABC):
     def target_lengths(self, view: LayerView) -> Tensor:
         """Returns how many of the tokens given to it every row should hold, ``[B, G]`` (int64, CPU), at least 1."""
 
-    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
-        """Whether nothing has to go, so that no score is needed."""
-        return bool((target_lengths >= view.kept.lengths).all())
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> Tensor:
+        """Returns which sequences keep all that they hold, whatever the scores, ``[B]`` (bool, CPU)."""
+        return (target_lengths >= view.kept.lengths).all(1)
 
     def counts(self, view: LayerView, scores: Tensor, target_lengths: Tensor) -> Tensor:
         """Returns how many tokens every row keeps now that ``scores`` ``[B, G, L]`` are known, ``[B, G]``."""
@@ -69,9 +69,9 @@ class JointBudget(Budget):
 
     shares_among_heads = True
 
-    def has_room(self, view: LayerView, target_lengths: Tensor) -> bool:
+    def has_room(self, view: LayerView, target_lengths: Tensor) -> Tensor:
         # All layers or none: after another stage, what one layer was given says nothing about the next.
-        return view.is_first_stage and bool((target_lengths >= view.num_given).all())
+        return (target_lengths >= view.num_given).all(1) & view.is_first_stage
 
     def preference(self, view: LayerView) -> Tensor | None:
         """How much this layer needs, ``[B]``, read off its view."""

@@ -30,10 +30,6 @@ class RowState:
         """Whether it is still true when ``seen`` tokens of each sequence are left."""
         return len(seen) == len(self.seen) and all(at <= now for at, now in zip(self.seen, seen, strict=True))
 
-    def can_be_undone(self, seen: Sequence[int]) -> bool:
-        """Whether dropping what came after ``seen`` tokens of each sequence leaves rows that fit the state before."""
-        return True
-
     def select(self: _State, sequences: Sequence[int]) -> _State:
         """The state of the given sequences, each as often as it is named."""
         index = torch.tensor(list(sequences), dtype=torch.long)
@@ -92,9 +88,6 @@ class ContiguousPositions(RowState):
     """Says that keys were turned so that the tokens of every row, ``lengths`` ``[B, G]`` then, stand side by side."""
 
     lengths: Tensor
-
-    def can_be_undone(self, seen: Sequence[int]) -> bool:
-        return self.holds_for(seen)  # keys that were turned since stand where the dropped tokens were
 
     @classmethod
     def concat(cls, states: Sequence[ContiguousPositions | None], batch_sizes: Sequence[int]) -> ContiguousPositions | None:

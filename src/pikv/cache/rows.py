@@ -71,7 +71,11 @@ class RaggedRows:
     @property
     def dense_nbytes(self) -> int:
         """Bytes that an uncompressed cache would hold for the tokens seen."""
-        return sum(self.seen) * self.num_kv_heads * self.bytes_per_token
+        return self.dense_nbytes_of(self.seen)
+
+    def dense_nbytes_of(self, seen: Sequence[int]) -> int:
+        """Bytes that an uncompressed cache would hold for ``seen`` tokens of each sequence."""
+        return sum(seen) * self.num_kv_heads * self.bytes_per_token
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,6 +255,14 @@ class RaggedRows:
             [self.seen[sequence] for sequence in sequences],
             [self.seen_at_eviction[sequence] for sequence in sequences],
         )
+
+    def as_of(self, seen: Sequence[int]) -> "RaggedRows":
+        """A copy of what is held of the first ``seen`` tokens of each sequence, in storage of its own."""
+        rows = self.select(range(self.batch_size))
+        rows.num_evictions = self.num_evictions
+        rows.drop_since(seen)
+        rows.fit()
+        return rows
 
     @classmethod
     def concat(cls, parts: Sequence["RaggedRows"]) -> "RaggedRows":

@@ -149,6 +149,7 @@ def _attention_function(previous: str) -> Callable[..., Any]:
             layer.forward_pass.finish()
             return attended
         layer.is_handed_over = False
+        layer.forward_pass.check_mask(attention_mask)
         if _layer_of(value) is not layer:
             raise ValueError(f"{type(module).__name__} changes values after they were cached, which PiKV does not support")
         _check_arguments(module, layer.columns, kwargs)
@@ -239,7 +240,10 @@ def _mask_function(previous: str) -> Callable[..., Any]:
             if not forward_pass.is_first:
                 _check_outputs(previous, kwargs)
                 return None  # rows know their own order; a [T, seen] mask would only cost memory
-        return ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
+        attention_mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
+        if forward_pass is not None:
+            forward_pass.masks.append(attention_mask)
+        return attention_mask
 
     return pikv_mask
 

@@ -129,7 +129,8 @@ class PiKVCache(BatchedCache):
     def undo_interrupted(self) -> None:
         """Takes back what a forward pass that was interrupted left in the layers, as every other operation does first.
 
-        Until then ``lengths``, ``positions`` and ``nbytes`` still show it, while ``get_seq_length`` does not.
+        Before that ``lengths``, ``positions``, ``get_seq_length`` and ``dense_nbytes`` leave it out already; ``nbytes`` counts
+        what is allocated, and ``rows`` is what the layer holds.
         """
         self.forward_pass.undo()
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -81,12 +82,21 @@ class LayerContents(Cache):
         return rows
 
     def lengths(self, layer_idx: int) -> Tensor:
-        """Kept tokens per row, ``[B, G]`` (int64)."""
-        return self.rows(layer_idx).lengths
+        """Kept tokens per row, ``[B, G]`` (int64), before the forward pass under way or interrupted, if there is one."""
+        if self.forward_pass.mark_of(self.layers[layer_idx]) is None:
+            return self.rows(layer_idx).lengths
+        return torch.tensor([[len(head) for head in heads] for heads in self.positions(layer_idx)])
 
     def positions(self, layer_idx: int) -> list[list[Tensor]]:
-        """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64)."""
-        return self.rows(layer_idx).positions()
+        """Original positions of the kept tokens, ascending: list (B) of lists (G) of ``[length]`` tensors (int64).
+
+        While a forward pass is under way, or after one was interrupted, those of before it.
+        """
+        self.rows(layer_idx)  # raises where there are none
+        positions: list[list[Tensor]] | None = self.layers[layer_idx].positions()
+        if positions is None:
+            raise ValueError(f"layer {layer_idx} holds nothing yet")
+        return positions
 
     def state(self, layer_idx: int) -> dict[Any, RowState]:
         """What was noted about a layer's rows, by owner."""

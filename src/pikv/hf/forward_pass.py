@@ -1,11 +1,18 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.cache.tokens import TokenMask
+
+_FOREIGN_MASK = (
+    "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own way, was given "
+    "a ready-made 4D mask, or its attention implementation was changed after the cache was made; a cache from a pickle needs "
+    "attach_to(model.config)"
+)
 
 
 class ForwardPass:
@@ -20,6 +27,7 @@ class ForwardPass:
         num_new: columns of the input, padding included
         columns: seen before, padding included
         mask: where the input holds tokens; None: everywhere
+        masks: what our mask function made for attention, of the newest passes that did not get through all layers
         has_press: whether the cache carries one, and no pass may go around it
         is_padded_in_front: whether padding, if any came, came before all tokens
     """
@@ -30,6 +38,7 @@ class ForwardPass:
         self.num_new = 0
         self.columns = 0
         self.mask: TokenMask | None = None
+        self.masks: deque[Any] = deque(maxlen=4)
         self._undo: list[tuple[Any, Any]] = []  # layers that the pass at hand reached, and where they stood
         self.has_press = False
         self.is_padded_in_front = self._was_padded_in_front = True
@@ -66,6 +75,7 @@ class ForwardPass:
     def cancel(self) -> None:
         """Ends a pass that was begun and is refused: the next one must not go by what this one brought."""
         self.num_new, self.mask = 0, None
+        self.masks.clear()
 
     def check(self, num_new: int, columns: int, last_serial: int | None = None) -> None:
         """Makes sure that a layer that has seen ``columns`` columns is given what was expected.
@@ -76,11 +86,21 @@ class ForwardPass:
             RuntimeError: if it is not.
         """
         if self.num_new != num_new or self.serial == last_serial or self.columns != columns:
-            raise RuntimeError(
-                "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
-                "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made; a "
-                "cache from a pickle needs attach_to(model.config)"
-            )
+            raise RuntimeError(_FOREIGN_MASK)
+
+    def check_mask(self, mask: Any) -> None:
+        """Makes sure that attention is given what our mask function made for this pass.
+
+        An earlier pass may have ended after its masks and before its first layer; one with a mask from elsewhere, which asks
+        for none, must not go by what that one brought.
+
+        Raises:
+            RuntimeError: if it is not, or the model changed the mask.
+        """
+        if mask is None or (self.is_first and any(_is_same(mask, made) for made in self.masks)):
+            return
+        self.cancel()
+        raise RuntimeError(_FOREIGN_MASK)
 
     def enter(self, layer: Any) -> None:
         """Notes where a layer stands that is about to store its tokens."""
@@ -89,6 +109,10 @@ class ForwardPass:
     def mark_of(self, layer: Any) -> Any:
         """Where a layer stood before the pass at hand; None between passes, and if the pass did not reach it."""
         return next((mark for each, mark in self._undo if each is layer), None) if self._undo else None
+
+    def remember_rows(self, layer: Any) -> None:
+        """Notes what a layer holds of earlier passes before that is changed, so that the pass can be undone."""
+        self._undo = [(each, each.with_rows(mark) if each is layer else mark) for each, mark in self._undo]
 
     def finish(self) -> None:
         """Notes that a further layer is done; what it would take to undo the pass is dropped at once when all are."""
@@ -99,6 +123,7 @@ class ForwardPass:
     def forget(self) -> None:
         """Drops what it would take to undo the pass."""
         self._undo = []
+        self.masks.clear()
 
     def undo(self) -> None:
         """Takes back what an interrupted pass left in the layers; nothing happens if there is nothing to be undone."""
@@ -108,6 +133,15 @@ class ForwardPass:
             layer.take_back(mark)
         self.is_padded_in_front = self._was_padded_in_front
         self.forget()
+
+
+def _is_same(mask: Any, made: Any) -> bool:
+    """Whether ``mask`` is one that was ``made``, or a part of it, or a copy on another device, as for a model in parts."""
+    if not isinstance(mask, Tensor) or not isinstance(made, Tensor) or mask is made:
+        return mask is made
+    if mask.device != made.device:
+        return mask.shape == made.shape
+    return mask.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
 
 
 class ForwardPassLength(int):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class LayerMark:
         seen: tokens seen by each sequence; empty where there were no rows yet
         num_evictions: how often something had been evicted
         state: what lay beside the rows
+        rows: a copy of the rows as they were, where dropping what came since is not enough to have them back
     """
 
     columns: int
@@ -32,6 +33,7 @@ class LayerMark:
     seen: tuple[int, ...]
     num_evictions: int
     state: Mapping[Any, RowState]
+    rows: RaggedRows | None = None
 
 
 class PiKVLayer(HFLayer):
@@ -56,22 +58,37 @@ class PiKVLayer(HFLayer):
         self.mask: TokenMask | None = None
         self.state: dict[Any, RowState] = {}
         self.is_handed_over = False
-        self.reason_broken: str | None = None  # why nothing can be read onto it any more
         self._last_serial = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows and of the state beside them."""
-        return (self.rows.nbytes if self.rows else 0) + sum(state.nbytes for state in self.state.values())
+        """Bytes of the rows and of the state beside them, and of a copy that a pass under way may need to be undone."""
+        before = self.forward_pass.mark_of(self)
+        held = [rows.nbytes for rows in (self.rows, before and before.rows) if rows]
+        return sum(held) + sum(state.nbytes for state in self.state.values())
 
     @property
     def dense_nbytes(self) -> int:
-        return self.rows.dense_nbytes if self.rows else 0
+        if self.rows is None:
+            return 0
+        before = self.forward_pass.mark_of(self)
+        return self.rows.dense_nbytes_of(self.rows.seen if before is None else before.seen)
 
     @property
     def is_token(self) -> Tensor | None:
         """Which of the newest columns are tokens, ``[B, T]``; None for all."""
         return None if self.mask is None else self.mask.is_token
+
+    def positions(self) -> list[list[Tensor]] | None:
+        """Of the tokens kept, see ``PiKVCache.positions``; None where there are none, as before a pass under way."""
+        before = self.forward_pass.mark_of(self)
+        if self.rows is None or (before and not before.seen):
+            return None
+        if before is None:
+            return self.rows.positions()
+        rows: RaggedRows = self.rows if before.rows is None else before.rows
+        held = zip(rows.positions(), before.seen, strict=True)
+        return [[positions[positions < seen] for positions in heads] for heads, seen in held]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.rows = RaggedRows(key_states.shape[0], key_states.shape[1], key_states, value_states)
@@ -83,11 +100,8 @@ class PiKVLayer(HFLayer):
         Raises:
             RuntimeError: if the model's masks or attention do not go through the registries of transformers, or the
                 attention implementation was changed since the cache was made.
-            ValueError: if keys were turned in a pass that was interrupted, or the batch size, data type or device is not
-                that of the tokens held.
+            ValueError: if the batch size, data type or device is not that of the tokens held.
         """
-        if self.reason_broken:
-            raise ValueError(f"{self.reason_broken}; start again with a new cache, or after reset()")
         if self.is_handed_over:
             raise RuntimeError(
                 "this model's attention does not take the keys from the cache unchanged to the attention registry "
@@ -164,6 +178,10 @@ class PiKVLayer(HFLayer):
             {owner: copy(state) for owner, state in self.state.items()},
         )
 
+    def with_rows(self, mark: LayerMark) -> LayerMark:
+        """A mark that holds the rows as well, before keys from before it are changed."""
+        return replace(mark, rows=self.rows.as_of(mark.seen)) if self.rows is not None and mark.seen else mark
+
     def can_rewind(self, mark: LayerMark) -> str | None:
         """None, or the reason why what came since ``mark`` cannot be taken back."""
         if self.rows is None:
@@ -181,14 +199,18 @@ class PiKVLayer(HFLayer):
             self._restore_state(mark)
 
     def take_back(self, mark: LayerMark) -> None:
-        """Undoes an interrupted pass: drops the tokens that came since ``mark``, whatever was evicted since."""
+        """Undoes an interrupted pass: drops the tokens that came since ``mark``, whatever was evicted since.
+
+        Where the mark holds the rows themselves, what was evicted comes back, too.
+        """
         if not mark.seen:
             self.reset()
             return
         assert self.rows is not None
-        if any(not state.can_be_undone(mark.seen) for state in self.state.values()):
-            self.reason_broken = "the keys of this cache were turned in a forward pass that was interrupted"
-        self.rows.drop_since(mark.seen)
+        if mark.rows is None:
+            self.rows.drop_since(mark.seen)
+        else:
+            self.rows = mark.rows
         self.columns, self.columns_at_padding = mark.columns, mark.columns_at_padding
         self.is_handed_over = False
         self._restore_state(mark)

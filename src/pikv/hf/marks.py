@@ -92,6 +92,17 @@ class RewindableCache(LayerContents):
         self.forward_pass.is_padded_in_front = mark.is_padded_in_front
         self._note_takeback()
 
+    def remember_rows(self, layer_idx: int, mark: CacheMark | None = None) -> None:
+        """Has a layer's tokens of earlier passes kept as they are, for the pass under way or for ``drop_since(mark)``.
+
+        A press asks for it before it changes their keys: dropping the newest tokens does not undo that.
+        """
+        layer = self.layers[layer_idx]
+        if mark is None:
+            self.forward_pass.remember_rows(layer)
+        else:
+            mark.layers[layer_idx] = layer.with_rows(mark.layers[layer_idx])
+
     def _forget_marks(self) -> None:
         """The sequences that marks are about are no longer here."""
         self._id = object()

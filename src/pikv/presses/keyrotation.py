@@ -21,7 +21,8 @@ class KeyRerotationPress(WrapperPress):
     """Turns the keys that another press keeps to positions without gaps, as StreamingLLM and FINCH do (arXiv 2408.00167).
 
     The kept tokens of every row then stand right before whatever comes next, at the distances they would have if the text had
-    never held the others. ``cache.positions`` goes on telling where they came from.
+    never held the others. ``cache.positions`` goes on telling where they came from. What a layer held before a later turn is
+    copied, and the copy held until the turn was read: keys cannot be turned back exactly.
 
     Raises:
         ValueError: when applied, if the model has no rotary position embedding, or for presses that share out over layers;
@@ -52,6 +53,10 @@ class _RotatingStage(ScoredStage):
     @classmethod
     def of(cls, stage: ScoredStage, rotary: Rotary) -> "_RotatingStage":
         return cls(**{each.name: getattr(stage, each.name) for each in fields(stage)}, rotary=rotary, inner=stage)
+
+    @property
+    def changes_keys(self) -> bool:
+        return True
 
     def decide(self, view: LayerView) -> Decision:
         self._check(view)  # before anything is evicted

@@ -21,7 +21,7 @@ from pikv.hf.hooks import follow, follow_cache, uncompiled
 from pikv.hf.reread import check_num_positions, read_again
 from pikv.hf.sessions import ForwardInputs, ListenerFactory
 from pikv.hf.support import check_supported, ragged_layers
-from pikv.presses.stage import Stage, StageSource
+from pikv.presses.stage import Stage, StageSource, without_sequences
 from pikv.presses.stats import LastLength, StatsRecorder
 from pikv.presses.steps import DecodingHistory, state_of
 from pikv.scoring.token_state import token_states_of
@@ -93,10 +93,8 @@ class Session:
         """Checks that what is to be done can be done, before anything is computed."""
         self.inputs = inputs
         self.scratch = {stage: {} for stage in self.stages}
-        num_tokens = num_seen = inputs.cache.get_seq_length() + inputs.num_new
-        for stage in self.stages:
-            if stage.trigger.should_act(inputs.num_new, 0):
-                num_tokens = stage.min_kept(num_tokens)
+        num_seen = inputs.cache.get_seq_length() + inputs.num_new
+        num_tokens = self._min_kept(num_seen)
         if num_tokens < 1:
             raise ValueError(f"{self.press!r} would keep no token of a context of {num_seen}; lower the ratio")
         self.waits = self.reread is not None and inputs.num_new > 1 and num_tokens < num_seen
@@ -105,6 +103,14 @@ class Session:
             if inputs.input_ids is None:
                 raise ValueError(f"{self.press!r} reads the context twice and needs its input_ids")
             check_num_positions(self.model, inputs, self.reread)
+
+    def _min_kept(self, num_tokens: int) -> int:
+        """Tokens that the smallest row would keep of ``num_tokens`` after the forward pass at hand."""
+        assert self.inputs is not None
+        for stage in self.stages:
+            if stage.trigger.should_act(self.inputs.num_new, 0):
+                num_tokens = stage.min_kept(num_tokens)
+        return num_tokens
 
     def after_attention(self, call: AttentionCall) -> None:
         """Lets the stages whose time has come decide about the layer that was just computed."""
@@ -119,9 +125,13 @@ class Session:
         """Has the context read again, and lets the stages decide with what that shows."""
         if self.reread and self.waiting:
             try:
-                attention = read_again(self.model, inputs, self.reread)
+                # Padding counts as columns, but alone a sequence that loses nothing would not be read again.
+                seen = next(iter(self.waiting.values())).seen
+                loses_nothing = torch.tensor([not tokens or self._min_kept(tokens) >= tokens for tokens in seen])
+                is_needed = not bool(loses_nothing.all())
+                attention = read_again(self.model, inputs, self.reread) if is_needed else {}
                 for layer, call in self.waiting.items():
-                    self.act(call, attention[layer])
+                    self.act(call, without_sequences(attention.get(layer), loses_nothing))
                     call.rows.fit()  # the second reading needed capacity
             except BaseException:
                 assert self.before is not None
@@ -148,6 +158,9 @@ class Session:
         due = [stage for stage in self.stages if stage.trigger.should_act(call.num_new, steps.num_single)]
         observing = [stage for stage in self.stages if stage.needs.observes and stage not in due] if call.num_new > 1 else []
         if due:
+            if any(stage.changes_keys for stage in due):
+                assert self.inputs is not None
+                self.inputs.cache.remember_rows(call.layer_idx, self.before)
             self._decide(due, steps.joined(call) if call.num_new == 1 else call, reread)
             call.state[DecodingHistory, self.press] = DecodingHistory(seen=steps.seen)
         for stage in observing:

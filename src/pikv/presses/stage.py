@@ -48,6 +48,11 @@ class Stage(ABC):
     def revises_earlier_layers(self) -> bool:
         return False
 
+    @property
+    def changes_keys(self) -> bool:
+        """Whether it changes keys of tokens that came earlier, so that dropping the newest ones does not undo it."""
+        return False
+
     def observe(self, view: LayerView) -> None:  # noqa: B027
         """Is shown, if it ``needs.observes``, a layer of a context that is read when it is not its time to decide."""
 
@@ -129,10 +134,12 @@ class ScoredStage(Stage):
 
     def decide(self, view: LayerView) -> Decision:
         target_lengths, lengths = self.budget.target_lengths(view), view.kept.lengths
-        if self.budget.has_room(view, target_lengths):
+        has_room = self.budget.has_room(view, target_lengths)
+        if bool(has_room.all()):
             self.observe(view)
             return Decision(kept=None, target_lengths=target_lengths)
-        view = replace(view, budget=torch.minimum(target_lengths, lengths))
+        # What a second reading shows of a sequence is noted where that loses something, as it would be alone.
+        view = replace(view, budget=torch.minimum(target_lengths, lengths), reread=without_sequences(view.reread, has_room))
         scores, num_protected = self._scores(view), torch.zeros_like(lengths)
         if self.protected:
             protected = self._is_protected(view)
@@ -188,6 +195,13 @@ class ScoredStage(Stage):
 
     def min_kept(self, num_tokens: int) -> int:
         return self.budget.min_kept(num_tokens)
+
+
+def without_sequences(reread: Tensor | None, left_out: Tensor) -> Tensor | None:
+    """What a second reading showed, ``[B, G, L]``, with NaN for the sequences ``left_out`` ``[B]`` (bool)."""
+    if reread is None or not bool(left_out.any()):
+        return reread
+    return reread.masked_fill(left_out.view(-1, 1, 1).to(reread.device), float("nan"))
 
 
 def _described(found: Any) -> str:
