@@ -66,7 +66,3 @@ def test_head_budgets_are_measured_where_nothing_else_is_needed(llama, quick):
     assert calibration_of(llama) is trained
     methods[1].press().bind(llama)
     assert calibrate_for(ON, llama, None, methods, no_progress) == []
-
-
-def test_a_calibration_that_was_named_or_left_out_is_respected(llama, quick):
-    assert calibrate_for(ON, llama, None, parse_methods("knorm:0.5"), no_progress) == []

@@ -279,8 +279,10 @@ def test_statistics_of_a_padded_batch_over_two_turns(llama):
     for layer in calibration.mixers["base"]:
         layer["router.gate.weight"].fill_(1e-9)  # alike for all experts, but not zero: trained
     press = MoERouterPress(0.5, router_type="base", calibration=calibration, sink_size=0, recent_size=0)
-    cache = run(llama, press, lengths=(40, 32, 24))
-    run(llama, press, lengths=(8, 8, 8), cache=cache)
+    (ids, mask), (more, _), cache = batch_of([40, 32, 24]), batch_of([8, 8, 8], seed=1), PiKVCache(llama.config)
+    with press(llama), torch.no_grad():
+        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(more, attention_mask=torch.cat([mask, torch.ones_like(more)], dim=1), past_key_values=cache)
     stats = press.get_stats()
     assert (stats["forward_count"], stats["routed_count"]) == (2, 2)
     assert stats["total_aux_loss"] == pytest.approx(6)  # three layers, two passes
@@ -292,9 +294,9 @@ def test_statistics_of_a_padded_batch_over_two_turns(llama):
         assert found["expert_load"] == [60] * 4  # 120 tokens, two of four experts each
         assert found["total_aux_loss"] == pytest.approx(2)
         assert found["avg_aux_loss"] == found["loss_terms"]["balance"] == pytest.approx(1)
-        own = press.routers[layer].get_routing_stats()  # made anew for the second turn
-        assert (own["forward_count"], own["num_tokens"]) == (1, 24)
-        assert (own["total_aux_loss"], own["avg_aux_loss"]) == pytest.approx((1, 1))
+        own = press.routers[layer].get_routing_stats()
+        assert (own["forward_count"], own["num_tokens"]) == (2, 120)
+        assert (own["total_aux_loss"], own["avg_aux_loss"]) == pytest.approx((2, 1))
 
 
 @uncalibrated
