@@ -85,6 +85,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
     def _entry_points(self) -> dict[str, Any]:
         return {found.name: found for found in entry_points(group=self.group)} if self.group else {}
 
+    def loaded(self) -> dict[str, T]:
+        """What is registered so far, by name; nothing is imported."""
+        return dict(self._things)
+
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self.files(), *self._things, *self._entry_points()]))
 

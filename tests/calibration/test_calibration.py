@@ -12,16 +12,20 @@ from safetensors.torch import save_file
 
 from calibrated import random_calibration
 from pikv import PiKVCache
-from pikv.calibration.files import FILE_NAME
+from pikv.calibration.default_calibration import calibrations_of
+from pikv.calibration.files import FILE_NAME, FILE_PATTERN, file_name
 from pikv.calibration.samples import make_samples
 from pikv.calibration.targets import read_sample
 from pikv.calibration.training import Trainer, TrainingSettings
 from pikv.calibration.validation import validate
+from pikv.evaluation.reading import continue_greedily, forward
 from pikv.hf.identity import model_signature
+from pikv.models.demo import WEIGHTS
 from pikv.presses import MoERouterPress
-from pikv.routing import Calibration, calibrate, calibration_of, use_calibration
+from pikv.routing import Calibration, add_calibration, calibrate, calibration_of, use_calibration
 from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS
+from pikv.tasks.contexts import retrieval_samples
 from tiny import batch_of, build
 
 QUICK = dict(num_tokens=64, num_steps=4)
@@ -382,6 +386,8 @@ NOT_ROUTERS = r"routers of the kind eplb are damaged: \S"
         (dict(leave_out=("head_scores",)), NOT_WHOLE),
         (dict(metadata={"experts": "{"}), NOT_WHOLE),
         (dict(metadata={"facts": "null"}), NOT_WHOLE),
+        (dict(metadata={"zeros": "3"}), NOT_WHOLE),
+        (dict(metadata={"zeros": '{"mixer.eplb.1.weight": [1000000, 1000000]}'}), NOT_WHOLE),
         ({"mixer.eplb.7.weight": torch.ones(4, 4)}, NOT_WHOLE),
         ({"mixer.eplb.one.weight": torch.ones(4, 4)}, NOT_WHOLE),
         ({"mixer.eplb": torch.ones(4, 4)}, NOT_WHOLE),
@@ -441,6 +447,71 @@ def test_the_demo_model_has_one_of_all_kinds(demo):
                 model(ids)
             assert press.get_stats()["calibrated"] is True
             assert press.get_stats()["compression_ratio"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob(FILE_PATTERN)), ids=lambda path: path.stem)
+def test_the_demo_model_answers_with_every_bundled_calibration(demo, path):
+    """At a tenth of the cache each press by name answers what the full cache answers."""
+    model, tokenizer = demo
+    num_experts = len(Calibration.load(path, model).experts)
+    assert path.name == file_name(num_experts)
+    (sample,) = retrieval_samples(tokenizer, num_tokens=512, num_samples=1, num_records=8, num_questions=3, seed=77)
+    for kind in [kind for kind in ROUTERS if ROUTERS[kind].is_press]:
+        press, cache = MoERouterPress(0.9, router_type=kind, num_experts=num_experts), PiKVCache(model.config)
+        with warnings.catch_warnings(), torch.no_grad(), press(model):
+            warnings.simplefilter("error")
+            model(torch.tensor([sample.context_ids]), past_key_values=cache, logits_to_keep=1)
+        assert press.get_stats()["calibrated"] is True
+        for question in sample.questions:
+            mark = cache.mark()
+            logits = forward(model, question.prompt_ids, cache)[:, -1]
+            answer = continue_greedily(model, cache, logits, question.num_answer_tokens)
+            assert tokenizer.decode(answer).split() == question.answer.split(), kind
+            cache.rewind(mark)
+
+
+def test_the_bundled_calibrations_are_small():
+    files = WEIGHTS.glob(FILE_PATTERN)
+    assert sum(file.stat().st_size for file in files) < 500_000
+
+
+def test_several_lie_beside_a_model_and_each_press_takes_the_one_that_serves(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    for num_experts in (2, 4, 8):
+        random_calibration(llama, experts=default_experts(num_experts)).save(tmp_path / file_name(num_experts))
+    (tmp_path / "pikv_calibration_broken.safetensors").write_bytes(b"nonsense")
+    model = type(llama).from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="a calibration is left out: .*pikv_calibration_broken"):
+        assert [len(each.experts) for each in calibrations_of(model)] == [4, 2, 8]
+    assert len(calibration_of(model).experts) == 4
+    assert len(calibration_of(model, "eplb", list(default_experts(8))).experts) == 8
+    for num_experts, is_there in ((2, True), (3, False), (4, True), (8, True)):
+        press = MoERouterPress(0.5, router_type="eplb", num_experts=num_experts, calibration="auto")
+        assert (press.find_calibration(model)[0] is not None) == is_there
+    own = random_calibration(llama, experts=default_experts(3))
+    add_calibration(model, own)
+    assert MoERouterPress(num_experts=3).find_calibration(model) == (own, "")
+    assert MoERouterPress(num_experts=8).find_calibration(model)[1] == ""
+    use_calibration(model, own)
+    assert MoERouterPress(num_experts=8).find_calibration(model)[1].startswith("it was made for the experts aggressive, mod")
+
+
+def test_parameters_that_are_zero_take_no_room(llama, tmp_path):
+    calibration = random_calibration(llama, kinds=("flex",))
+    calibration.save(tmp_path / "full.safetensors")
+    for layer in calibration.mixers["flex"]:
+        for name, parameter in layer.items():
+            if "modality_gates" in name:
+                parameter.zero_()
+    calibration.save(tmp_path / "zeros.safetensors")
+    assert_same(Calibration.load(tmp_path / "zeros.safetensors", llama), calibration)
+    sizes = [(tmp_path / name).stat().st_size for name in ("full.safetensors", "zeros.safetensors")]
+    assert sizes[1] < 0.6 * sizes[0]
+    with safe_open(tmp_path / "full.safetensors", framework="pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "zeros"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "old.safetensors", {**metadata, "format": "pikv-calibration-2"})
+    assert_same(Calibration.load(tmp_path / "old.safetensors", llama), random_calibration(llama, kinds=("flex",)))
 
 
 def test_it_is_found_beside_a_saved_model(llama, tmp_path):

@@ -1,5 +1,6 @@
 """MoERouterPress: weighted votes, exact budgets, statistics that were measured, and every call that its guide shows."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -272,23 +273,110 @@ def test_a_batch_counts_as_one_pass(llama):
         assert one["loss_terms"] == pytest.approx(three["loss_terms"], rel=1e-5)
 
 
+def test_statistics_of_a_padded_batch_over_two_turns(llama):
+    """Even gates make every number known: balance losses are 1, loads are even, padding is not counted."""
+    calibration = random_calibration(llama, kinds=("base",))
+    for layer in calibration.mixers["base"]:
+        layer["router.gate.weight"].fill_(1e-9)  # alike for all experts, but not zero: trained
+    press = MoERouterPress(0.5, router_type="base", calibration=calibration, sink_size=0, recent_size=0)
+    (ids, mask), (more, _), cache = batch_of([40, 32, 24]), batch_of([8, 8, 8], seed=1), PiKVCache(llama.config)
+    with press(llama), torch.no_grad():
+        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(more, attention_mask=torch.cat([mask, torch.ones_like(more)], dim=1), past_key_values=cache)
+    stats = press.get_stats()
+    assert (stats["forward_count"], stats["routed_count"]) == (2, 2)
+    assert stats["total_aux_loss"] == pytest.approx(6)  # three layers, two passes
+    assert stats["avg_aux_loss"] == pytest.approx(1)
+    for layer in range(3):
+        found = stats["layer_stats"][layer]["router_stats"]
+        assert (found["forward_count"], found["routed_count"]) == (2, 2)
+        assert found["num_tokens"] == (40 + 32 + 24) + 3 * 8 == 120
+        assert found["expert_load"] == [60] * 4  # 120 tokens, two of four experts each
+        assert found["total_aux_loss"] == pytest.approx(2)
+        assert found["avg_aux_loss"] == found["loss_terms"]["balance"] == pytest.approx(1)
+        own = press.routers[layer].get_routing_stats()
+        assert (own["forward_count"], own["num_tokens"]) == (2, 120)
+        assert (own["total_aux_loss"], own["avg_aux_loss"]) == pytest.approx((2, 1))
+
+
+@uncalibrated
+def test_passes_without_calibration_are_counted_apart(llama):
+    press = MoERouterPress(0.5)
+    run(llama, press)
+    press.calibration = random_calibration(llama)
+    run(llama, press)
+    for found in (press.get_stats(), press.get_stats()["layer_stats"][0]["router_stats"]):
+        assert (found["forward_count"], found["routed_count"]) == (2, 1)
+        assert found["avg_aux_loss"] * (3 if "layer_stats" in found else 1) == pytest.approx(found["total_aux_loss"])
+
+
+# Options without effect.
+
+
+OPTIONS = [
+    dict(top_k=1),
+    dict(capacity_factor=0.5),
+    dict(dropout=0.5),
+    dict(cache_aware=False),
+    dict(aux_loss_weight=0.5),
+    dict(head_budgets=False),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("is_calibrated", [True, False], ids=["calibrated", "not"])
+def test_options_without_effect_are_named_and_only_these(llama, is_calibrated, options):
+    """What is named changes no kept token of any kind of router, what is not changes some."""
+    (name,) = options
+    for kind in ("base", "pikv", "eplb"):
+        about = dict(router_type=kind, calibration=random_calibration(llama) if is_calibrated else None)
+        before = kept(run(llama, MoERouterPress(0.6, **about)))
+        press = MoERouterPress(0.6, **about, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            after = kept(run(llama, press))
+            run(llama, press)  # says nothing again
+        said = [str(each.message) for each in caught if "without effect on which tokens are kept" in str(each.message)]
+        assert len(said) == (after == before), (kind, said)
+        assert all(f"{name}={options[name]}" in each for each in said)
+
+
+def test_nothing_is_said_of_options_that_training_used(llama):
+    press = MoERouterPress(0.5, router_type="base", dropout=0.0, aux_loss_weight=0.5)
+    press.calibrate(llama, num_tokens=64, num_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(llama, press)
+
+
 def test_how_to_calibrate_is_said(llama):
     experts = {"mine": EndsExpert(0.5, 0.5), "selective": EXPERTS["selective"]()}
-    for options, message in (
-        (dict(num_experts=8), r"evenly; press.calibrate\(model\) or `pikv calibrate --num-experts 8` trains it"),
-        (dict(experts=experts), r"evenly; press.calibrate\(model\) trains it"),
+    for options, said in (
+        (dict(num_experts=8), "press.calibrate(model) or `pikv calibrate --model FOLDER --num-experts 8 --out FOLDER`"),
+        (
+            dict(num_experts=2, top_k=1, capacity_factor=2.0),
+            "press.calibrate(model) or "
+            "`pikv calibrate --model FOLDER --num-experts 2 --top-k 1 --capacity-factor 2.0 --out FOLDER`",
+        ),
+        (dict(experts=experts), "press.calibrate(model)"),
     ):
-        with pytest.warns(UserWarning, match=message):
-            run(llama, MoERouterPress(0.5, **options))
+        press = MoERouterPress(0.5, **options)
+        with pytest.warns(UserWarning, match=f"evenly, as all kinds of router do then; to train it, {re.escape(said)}$"):
+            run(llama, press)
+        assert press.get_stats()["to_calibrate"] == said
 
 
 def test_how_to_calibrate_names_the_model(llama, tmp_path, monkeypatch):
     for name, command in (
-        (str(tmp_path), f"pikv calibrate --model {tmp_path} --out {tmp_path} --num-experts 4"),
-        ("someone/gpt2", "pikv calibrate --model someone/gpt2 --out gpt2-calibration --num-experts 4"),
+        (str(tmp_path), f"`pikv calibrate --model {tmp_path} --num-experts 4 --out {tmp_path}`"),
+        (
+            "someone/gpt2",
+            "`pikv calibrate --model someone/gpt2 --num-experts 4 --out gpt2-calibration`, "
+            "then calibration='gpt2-calibration/pikv_calibration.safetensors'",
+        ),
     ):
         monkeypatch.setattr(llama.config, "_name_or_path", name)
-        with pytest.warns(UserWarning, match=f"`{command}` trains it"):
+        with pytest.warns(UserWarning, match=f"to train it, press.calibrate\\(model\\) or {re.escape(command)}$"):
             run(llama, MoERouterPress(0.5))
 
 
@@ -304,6 +392,7 @@ def test_calibrating_makes_it_calibrated(llama):
         run(llama, press)
     stats = press.get_stats()
     assert stats["calibrated"] is True
+    assert stats["to_calibrate"] is None
     for layer in range(3):
         router = stats["layer_stats"][layer]["router_stats"]
         assert router["expert_load"] == [30, 30, 30, 30]  # 60 tokens, two experts each, evenly

@@ -1,11 +1,13 @@
 """What calibration learned about a model, as one file."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,18 +16,29 @@ from pikv.hf.files import write_whole
 from pikv.hf.identity import ModelSignature, check_same_model, fingerprint, is_same_fingerprint, model_signature
 from pikv.hf.shape import hidden_size
 from pikv.hf.support import ragged_layers
+from pikv.routing.experts import DEFAULT_NUM_EXPERTS
 from pikv.routing.factory import create_moe_router
 from pikv.routing.mixer import ExpertMixer
 
 FILE_NAME = "pikv_calibration.safetensors"
-"""Under this name a calibration is found beside the model it was made for."""
-FORMAT = "pikv-calibration-2"
+"""Under this name a calibration for the default experts is found beside the model it was made for."""
+FILE_PATTERN = "pikv_calibration*.safetensors"
+"""The names of all calibrations beside a model."""
+FORMAT = "pikv-calibration-3"
 
+_READABLE = (FORMAT, "pikv-calibration-2")  # the second has no parameters that are left out
 _MIXER = "mixer."
+_ZEROS = "zeros"
+_LARGEST = 1 << 28  # numbers of one parameter
 _OLD_FORMAT = "pikv-calibration-1"
 _OLD_MIXER = "panel."
 _OLD_ENTRIES = {"settings": ("lessons", "samples"), "report": ("taken_from_kept", "kept_share")}
 _OLD_NAMES = {"trust": "weight", "level": "bias"}
+
+
+def file_name(num_experts: int) -> str:
+    """The name of a calibration for the first ``num_experts`` experts, so that several lie beside one model."""
+    return FILE_NAME if num_experts == DEFAULT_NUM_EXPERTS else f"pikv_calibration_{num_experts}_experts.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,11 +105,18 @@ class Calibration:
         Raises:
             ValueError: if it cannot be written.
         """
+        mixers = {
+            f"{_MIXER}{kind}.{rank}.{name}": tensor
+            for kind, states in self.mixers.items()
+            for rank, state in enumerate(states)
+            for name, tensor in state.items()
+        }
+        # Gates of modalities that no text has are never trained: of zeros, the shape is enough.
+        zeros = {name: list(tensor.shape) for name, tensor in mixers.items() if not bool(tensor.any())}
         tensors = {"profiles": self.profiles, "head_scores": self.head_scores, "fingerprint": self.fingerprint}
-        for kind, states in self.mixers.items():
-            for rank, state in enumerate(states):
-                tensors |= {f"{_MIXER}{kind}.{rank}.{name}": tensor for name, tensor in state.items()}
+        tensors |= {name: tensor for name, tensor in mixers.items() if name not in zeros}
         about = {
+            _ZEROS: zeros,
             "facts": self.facts,
             "experts": self.experts,
             "options": self.options,
@@ -128,10 +148,10 @@ class Calibration:
             tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
             for name, (old, new) in _OLD_ENTRIES.items():
                 metadata[name] = metadata.get(name, "").replace(f'"{old}":', f'"{new}":')
-        elif metadata.get("format") != FORMAT:
+        elif metadata.get("format") not in _READABLE:
             raise ValueError(f"{path} is no calibration of this release: its format is {metadata.get('format')}")
         try:
-            calibration = _unpack(metadata, tensors)
+            calibration = _unpack(metadata, {**tensors, **_zeros(metadata)})
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if model is not None:
@@ -152,6 +172,20 @@ def _new_name(name: str) -> str:
     # The parameters of a mixer lie at its top; what is below belongs to its router.
     parameter = _OLD_NAMES.get(parameter, parameter) if len(places) == 2 else parameter
     return _MIXER + ".".join([*places, parameter])
+
+
+def _zeros(metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The parameters of routers that are left out of a file, as they are zero."""
+    shapes = json.loads(metadata.get(_ZEROS, "{}"))
+    if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
+        raise ValueError("it does not say what is zero")
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether it can be the shape of a parameter; a file that was tampered with may ask for any amount of memory."""
+    is_list = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+    return is_list and math.prod(shape) <= _LARGEST
 
 
 def _unpack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Calibration:

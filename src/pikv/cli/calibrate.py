@@ -45,7 +45,8 @@ def calibrate_command(
         typer.Option(
             parser=folder,
             metavar="PATH",
-            help="Folder for pikv_calibration.safetensors; in the model's own folder it is found by default.",
+            help="Folder for pikv_calibration.safetensors (with the number of experts in its name if that is not 4); "
+            "in the model's own folder it is found by default.",
         ),
     ] = Path("out/calibration"),
 ) -> None:
@@ -60,6 +61,8 @@ def calibrate_command(
 
       pikv calibrate --model ./my-model --out ./my-model
 
+      pikv calibrate --model ./my-model --out ./my-model --num-experts 8
+
       pikv calibrate --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16 --context-length 4096 --routers eplb,pikv
 
       pikv calibrate --model ./my-model --texts notes.txt --texts manual.txt
@@ -68,13 +71,13 @@ def calibrate_command(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from pikv.calibration.calibrate import calibrate
     from pikv.calibration.checkpoint import Checkpoint
-    from pikv.calibration.files import FILE_NAME
+    from pikv.calibration.files import file_name
     from pikv.models.loading import load_model
     from pikv.registry import unknown
     from pikv.routing.experts import default_experts
     from pikv.routing.factory import ROUTERS
 
-    path = out / FILE_NAME
+    path = out / file_name(num_experts)
     kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
     experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
     unknown_kinds = [kind for kind in kinds or [] if kind not in ROUTERS]
@@ -85,7 +88,7 @@ def calibrate_command(
     if path.exists():
         raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
     loaded, tokenizer = load_model(model, device, dtype)
-    checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
+    checkpoint = Checkpoint(path.with_name(f".{path.name}.checkpoint"))
     with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
         calibration = calibrate(
             loaded,

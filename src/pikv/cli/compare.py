@@ -46,6 +46,10 @@ def compare_command(
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")
     ] = False,
     calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First train routers that need it; saved with the results. (minutes, or more)"),
+    ] = False,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality.")] = 8,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
@@ -84,6 +88,7 @@ def compare_command(
     from pikv.evaluation.methods import parse_methods
     from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
     from pikv.evaluation.report.folder import choose_folder
+    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.summary import summary_frame
     from pikv.models.loading import load_model
 
@@ -103,6 +108,7 @@ def compare_command(
         context=context,
         questions=tuple(question or ()),
         calibration=calibration,
+        calibrate=calibrate,
         device=device,
         dtype=dtype,
         attn_implementation=attn_implementation,
@@ -112,19 +118,22 @@ def compare_command(
     results = choose_folder(out, "compare")
     with busy(f"reading model {model}"):
         loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
-        config, plan = prepare(config, loaded, tokenizer)
     with progress_bars() as progress:
+        config, plan = prepare(config, loaded, tokenizer, progress)
         result = compare(config, plan, progress)
     result = replace(result, notes=[*result.notes, *notes.shown])
+
+    files = ["results.csv", "results.json", "report.html"]
 
     def write(part: Path) -> None:
         result.save(part, {"results": summary_frame(result)})
         write_compare(result, part / "report.html")
+        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,
         write,
-        "results.csv, results.json, report.html",
+        files,
         tables=lambda: compare_tables(result),
         lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,10 @@ def experiment_command(
         str | None, typer.Option(help="random, demo, a hub id or a local folder. (default: the data set's)")
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First train routers that need it; saved with the results. (minutes, or more)"),
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Sequences that are read together.")] = 2,
     num_tokens: Annotated[
         int | None,
@@ -90,6 +95,7 @@ def experiment_command(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from pikv.evaluation.report.folder import choose_folder
     from pikv.evaluation.report.study import study_tables, write_study
+    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.studies.registry import get_study
     from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
     from pikv.evaluation.summary import measurements_frame, summary_frame
@@ -99,6 +105,7 @@ def experiment_command(
         data=data,
         model=model,
         calibration=calibration,
+        calibrate=calibrate,
         batch_size=batch_size,
         num_tokens=num_tokens,
         repeats=repeats,
@@ -123,20 +130,23 @@ def experiment_command(
     messages = Console(stderr=True, emoji=False)
     if debug:
         _log_to(messages)
-    with busy("reading the model"):
-        plan, inputs = prepare(chosen, config)
     with progress_bars(messages) as progress:
+        with nullcontext() if calibrate else busy("reading the model"):
+            plan, inputs = prepare(chosen, config, progress)
         result = run_study(chosen, config, plan, inputs, progress)
     result = replace(result, notes=[*result.notes, *notes.shown])
+
+    files = ["results.csv", "summary.csv", "results.json", "report.html"]
 
     def write(part: Path) -> None:
         result.save(part, {"results": measurements_frame(result), "summary": summary_frame(result)})
         write_study(result, part / "report.html")
+        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,
         write,
-        "results.csv, summary.csv, results.json, report.html",
+        files,
         tables=lambda: study_tables(result),
         lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes if note not in notes.shown)],
         expected=[] if result.expected is None else [result.expected],

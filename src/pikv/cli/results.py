@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def publish(
     folder: Path,
     write: Callable[[Path], None],
-    files: str,
+    files: Sequence[str],
     *,
     tables: Callable[[], Sequence["Table"]],
     lines: Callable[[], Iterable[str]],
     expected: Sequence["Table"] = (),
 ) -> None:
-    """Prints tables and lines, then what others expect, and lets ``write`` fill a folder.
+    """Prints tables and lines, then what others expect, and lets ``write`` fill a folder with ``files``, to which it may add.
 
     Raises:
         OSError: if the folder could not be written to, or nothing could be printed; the results are in files all the same, and
@@ -43,7 +43,7 @@ def publish(
     if unprinted is not None:
         _forget_output()
         raise OSError(f"cannot print: {unprinted.strerror or unprinted}; the results are in {folder}") from unprinted
-    Console(emoji=False).print(f"\nresults: {folder}/{files}", highlight=False, soft_wrap=True, markup=False)
+    Console(emoji=False).print(f"\nresults: {folder}/{', '.join(files)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _forget_output() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pikv.calibration.default_calibration import use_calibration
-from pikv.calibration.progress import ProgressBar
+from pikv.calibration.progress import ProgressBar, no_progress
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.config import EvaluationConfig
 from pikv.evaluation.defaults import CONTEXT_LENGTH, DEFAULT_METHODS, LONG_CONTEXT_LENGTH
@@ -18,6 +18,7 @@ from pikv.evaluation.lengths import check_lengths, fitting_length
 from pikv.evaluation.methods import Method, parse_methods
 from pikv.evaluation.notes import notes_on
 from pikv.evaluation.results import Result
+from pikv.evaluation.router_calibration import calibrate_for
 from pikv.evaluation.runner import Batch, Plan, run_plan
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
@@ -59,8 +60,10 @@ class CompareConfig(EvaluationConfig):
             raise ValueError("a question of your own needs a context of your own (--context FILE)")
 
 
-def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareConfig, Plan]:
-    """Reads and checks everything that a comparison needs, before any of it is run.
+def prepare(
+    config: CompareConfig, model: Any, tokenizer: Any, progress: ProgressBar = no_progress
+) -> tuple[CompareConfig, Plan]:
+    """Reads and checks everything that a comparison needs, and trains what it is to train, before any of it is run.
 
     Returns:
         the configuration with the lengths that were chosen, and the plan
@@ -94,6 +97,7 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareC
         num_tokens=config.context_length,
         question_aware=config.question_aware,
     )
+    calibrations = calibrate_for(config, model, tokenizer, methods, progress)
     for method in methods:
         with failures_explained(method):
             method.press().bind(model)
@@ -104,6 +108,7 @@ def prepare(config: CompareConfig, model: Any, tokenizer: Any) -> tuple[CompareC
         batches=_batches(config, task, tokenizer),
         questions=questions,
         num_new_tokens=config.num_new_tokens,
+        calibrations=calibrations,
     )
     return config, plan
 

@@ -14,6 +14,7 @@ class EvaluationConfig:
 
     Attributes:
         calibration: a file for the model that is not beside it
+        calibrate: train what methods need and the model has no calibration of, before anything is measured
         task: what quality is measured on, by name
         num_contexts: contexts that questions are asked about
         num_records: records in each
@@ -23,6 +24,7 @@ class EvaluationConfig:
     """
 
     calibration: Path | None = None
+    calibrate: bool = False
     task: str = DEFAULT_TASK
     num_contexts: int = 8
     num_records: int = 40

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from pikv.calibration.default_calibration import calibration_of
-from pikv.evaluation.methods import FULL, Method, parts_of
+from pikv.evaluation.methods import FULL
 from pikv.evaluation.results import Quality
+from pikv.evaluation.router_calibration import untrained_routers
 from pikv.evaluation.runner import Plan
-from pikv.presses.moe import MoERouterPress
 
 _FEW_RIGHT = 0.5
 
@@ -20,7 +19,7 @@ def notes_on(plan: Plan, quality: Sequence[Quality]) -> list[str]:
                 f"The full cache itself answers only {100 * full.accuracy:.0f}% of the questions: this model cannot do the "
                 "task at this length, and accuracy says little about the methods."
             )
-    return [*notes, *_unknown_tokens(plan), *_untrained_routers(plan.model, plan.methods)]
+    return [*notes, *_unknown_tokens(plan), *untrained_routers(plan.model, plan.methods)]
 
 
 def _unknown_tokens(plan: Plan) -> list[str]:
@@ -32,14 +31,3 @@ def _unknown_tokens(plan: Plan) -> list[str]:
     if unknown is None or not share:
         return []
     return [f"{100 * share:.0f}% of the context's tokens are unknown to the model's tokenizer."]
-
-
-def _untrained_routers(model: object, methods: Sequence[Method]) -> list[str]:
-    """Says so where routers are compared that were not trained: they then differ in name only."""
-    routed = [method.name for method in methods if any(isinstance(part, MoERouterPress) for part in parts_of(method.press()))]
-    if len(routed) < 2 or calibration_of(model) is not None:
-        return []
-    return [
-        f"The routers of {', '.join(routed)} are not calibrated for this model and mix their experts evenly: all kinds of "
-        "router keep the same tokens until pikv calibrate has trained them."
-    ]

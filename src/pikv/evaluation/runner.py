@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pikv.calibration.files import Calibration
 from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.answers import FullAnswers, QuestionSet, measure_quality
 from pikv.evaluation.methods import FULL, Method
@@ -39,6 +40,7 @@ class Plan:
         num_new_tokens: tokens to generate after each reading
         num_passes: times to read each batch
         beside_full: whether the full cache reads each batch right beside every method
+        calibrations: what was trained for these methods on the way
     """
 
     model: Any
@@ -49,6 +51,7 @@ class Plan:
     num_new_tokens: int = 0
     num_passes: int = 1
     beside_full: bool = False
+    calibrations: Sequence[Calibration] = field(default=())
 
 
 def run_plan(

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,14 +19,15 @@ from pikv.core import Kept, LayerView
 from pikv.hf.shape import hidden_size, num_kv_heads
 from pikv.hf.support import ragged_layers
 from pikv.presses.catalog import first_line
+from pikv.presses.moe_advice import RouterSetup, how_to_calibrate, idle_options
 from pikv.presses.moe_stats import RouterRecords
 from pikv.presses.moe_strategies import experts_of_strategies
 from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.stage import ScoredStage, Stage
 from pikv.routing.base import MoERouter
-from pikv.routing.experts import EXPERTS, RetentionExpert, default_experts
-from pikv.routing.factory import ROUTERS, create_moe_router, default_top_k
+from pikv.routing.experts import DEFAULT_NUM_EXPERTS, RetentionExpert, default_experts
+from pikv.routing.factory import ROUTERS, create_moe_router, default_top_k, name_of_router
 from pikv.routing.mixer import ExpertMixer
 from pikv.routing.scorer import RoutedScorer, RoutedScores, record_decision
 
@@ -37,22 +37,28 @@ class MoERouterPress(ScorerPress):
     """Scores every token by retention experts, weighted by a router that reads the token's hidden state.
 
     What the routers of a model learned, and how it shares tokens out among its heads, is its calibration. Without one for
-    this kind of router and these experts, which is said once, experts are mixed evenly, ``get_stats()`` says ``calibrated``
-    False, and every head gets the same. The budget is met exactly when a context is read at once.
+    this kind of router and these experts, experts are mixed evenly and every head gets the same: all kinds of router then keep
+    the same tokens, ``get_stats()`` says ``calibrated`` False, and ``to_calibrate`` says what to do, as a warning does once.
+    The budget is met exactly when a context is read at once.
+
+    Options that have no effect on which tokens are kept, though set to other than their default, are named once in a warning.
 
     Args:
         compression_ratio: the share of the tokens to remove
-        router_type: a kind of router
+        router_type: a kind of router by name, or a class of routers; without calibration all keep the same tokens
         num_experts: retention experts, in the order of their registration; by default 4, or as many as are given
-        top_k: experts that a token goes to; by default 2, or 1 if there is but one
-        capacity_factor: slots of an expert, over what an even spread would need
-        dropout: share of the gate's inputs that ``calibrate`` leaves out
-        cache_aware: whether a kind of router that can prefers experts whose tokens were really read
-        aux_loss_weight: weight of the routers' own loss in ``calibrate``
+        top_k: experts that a token goes to; by default 2, or 1 if there is but one; no effect without calibration
+        capacity_factor: slots of an expert, over what an even spread would need; a choice beyond them does not count. No
+            effect without calibration, nor for ``eplb``, which makes as many slots as it needs
+        dropout: share of the gate's inputs that ``calibrate`` leaves out; no effect on kept tokens but by training
+        cache_aware: whether a kind of router that can (``pikv``) prefers experts whose tokens were really read; no effect
+            without calibration, nor for other kinds
+        aux_loss_weight: weight of the routers' own loss in ``calibrate``; no effect on kept tokens but by training
         calibration: one from ``pikv.routing.calibrate``, a file of one, ``"auto"`` for the one beside the model, or None
         experts: retention experts by name, in place of the registered ones; ``expert_strategies`` of the press names them by
             number and may be changed
-        head_budgets: whether heads get as much as calibration found that later queries read of them; False for equal shares
+        head_budgets: whether heads get as much as calibration found that later queries read of them; False for equal shares,
+            which they are without calibration
         sink_size: first tokens that are kept before others
         recent_size: last tokens that are kept after these, before others
         limits: ``budget`` or ``max_bytes`` in place of the ratio
@@ -66,7 +72,7 @@ class MoERouterPress(ScorerPress):
         self,
         compression_ratio: float = 0.5,
         *,
-        router_type: str = "pikv",
+        router_type: str | type[MoERouter] = "pikv",
         num_experts: int | None = None,
         top_k: int | None = None,
         capacity_factor: float = 1.5,
@@ -80,11 +86,13 @@ class MoERouterPress(ScorerPress):
         recent_size: int = 16,
         **limits: Unpack[Limits],
     ) -> None:
-        self.experts = default_experts(4 if num_experts is None else num_experts) if experts is None else dict(experts)
+        self.experts = (
+            default_experts(DEFAULT_NUM_EXPERTS if num_experts is None else num_experts) if experts is None else dict(experts)
+        )
         if num_experts not in (None, len(self.experts)):
             raise ValueError(f"num_experts is {num_experts}, but there are {len(self.experts)} retention experts")
         super().__init__(RoutedScorer(self.experts, {}, sink_size, recent_size), compression_ratio, **limits)
-        self.router_type = router_type
+        self.router_type = router_type if isinstance(router_type, str) else name_of_router(router_type)
         self.top_k = default_top_k(len(self.experts)) if top_k is None else top_k
         self.capacity_factor = capacity_factor
         self.dropout = dropout
@@ -99,19 +107,21 @@ class MoERouterPress(ScorerPress):
         """The routers of the model that the press was last applied to, by layer."""
         self._new_router(1, len(self.experts))  # reports wrong options now
         self._records = RouterRecords()
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._is_calibrated = False
+        self._has_trained = False
+        self._to_calibrate: str | None = None
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """Finds or makes the routers of ``model``, one a layer."""
         experts = self._chosen_experts()
-        calibration = resolve(self.calibration, model)
-        reason = "there is no calibration of it" if calibration is None else calibration.lacks(self.router_type, list(experts))
+        calibration, reason = self.find_calibration(model)
         budget: Budget = self.budget
-        self._is_calibrated = calibration is not None and not reason
-        if calibration is None or reason:
+        self._is_calibrated = calibration is not None
+        self._to_calibrate = None if self._is_calibrated else self.to_calibrate(model)
+        self._warn(reason, self._setup(experts))
+        if calibration is None:
             mixers = self._untrained(model, len(experts))
-            self._warn(str(reason), list(experts), str(model.config.name_or_path or ""))
         else:
             options = {**calibration.options.get(self.router_type, {}), **self._options()}
             mixers = calibration.build(model, self.router_type, self.top_k, **options)
@@ -121,24 +131,47 @@ class MoERouterPress(ScorerPress):
         scorer = RoutedScorer(experts, mixers, self.sink_size, self.recent_size)
         return [RoutedStage(presses=(self,), scorer=scorer, budget=budget)]
 
+    def find_calibration(self, model: Any) -> tuple[Calibration | None, str]:
+        """The calibration of ``model`` that the routers of this press are made from; or None, and why there is none.
+
+        Raises:
+            ValueError: for an unknown strategy, or a calibration of another model.
+        """
+        experts = list(self._chosen_experts())
+        found = resolve(self.calibration, model, self.router_type, experts)
+        reason = "there is no calibration of it" if found is None else found.lacks(self.router_type, experts) or ""
+        return (None, reason) if reason else (found, "")
+
+    def to_calibrate(self, model: Any) -> str:
+        """The call, and where there is one the command, that calibrates ``model`` for this press, as text."""
+        return how_to_calibrate(self._setup(self._chosen_experts()), model)
+
     def calibrate(self, model: Any, texts_or_tasks: Any = None, **options: Any) -> Calibration:
         """Trains routers of this press's kind, options and experts on ``model``, and uses them from now on.
 
-        ``options`` are further arguments of ``pikv.routing.calibrate``.
+        Args:
+            model: a causal language model of transformers, which stays as it is
+            texts_or_tasks: texts of one's own to learn from; None for fresh synthetic retrieval
+            options: further arguments of ``pikv.routing.calibrate``, such as ``num_steps`` and ``num_tokens``
+
+        Returns:
+            what was learned; ``save`` writes it to a file, which ``calibration=`` takes
         """
-        self.calibration = calibrate(
-            model,
-            texts_or_tasks,
-            kinds=(self.router_type,),
-            experts=self._chosen_experts(),
-            top_k=self.top_k,
-            capacity_factor=self.capacity_factor,
-            dropout=self.dropout,
-            aux_loss_weight=self.aux_loss_weight,
-            options={self.router_type: self._further_options()},
-            **options,
-        )
+        chosen = {**self.training_options(), **options}
+        self.calibration = calibrate(model, texts_or_tasks, kinds=(self.router_type,), **chosen)
+        self._has_trained = True
         return self.calibration
+
+    def training_options(self) -> dict[str, Any]:
+        """What ``pikv.routing.calibrate`` must be told, beside kinds of router, to train routers for this press."""
+        return {
+            "experts": self._chosen_experts(),
+            "top_k": self.top_k,
+            "capacity_factor": self.capacity_factor,
+            "dropout": self.dropout,
+            "aux_loss_weight": self.aux_loss_weight,
+            "options": {self.router_type: self._further_options()},
+        }
 
     def _apply_expert_compression(
         self, keys: Tensor, values: Tensor, strategy: str, router_probs: Tensor
@@ -158,16 +191,26 @@ class MoERouterPress(ScorerPress):
     def get_stats(self) -> dict[str, Any]:
         """Beside what every press reports: calibration, auxiliary losses, and by layer expert usage and measured hit rates.
 
-        ``calibrated`` is about the model that the press was last applied to. ``forward_count`` counts the passes in which each
-        layer was decided about; ``total_aux_loss`` adds up the losses of all layers and passes (of a pass, the mean over its
-        sequences), ``avg_aux_loss`` is the mean over the layers and passes in which calibrated routers routed. A hit rate is
-        the share of the attention of the last 32 queries of what was read that falls on tokens that were kept.
+        ``calibrated`` is about the model that the press was last applied to, and ``to_calibrate`` how to train routers for it,
+        None where that is done. A hit rate is the share of the attention of the last 32 queries of what was read that falls on
+        tokens that were kept. What is counted:
+
+        - ``forward_count``: forward passes in which the press decided what to keep; a batch of any size is one. In
+          ``router_stats`` of a layer, those of that layer.
+        - ``routed_count``: of these, those in which a calibrated router was asked.
+        - ``num_tokens`` of a layer: tokens that were routed in these, over all sequences, padding left out.
+        - ``total_aux_loss``: the routers' own losses, added up over layers and passes; that of a pass is the mean over its
+          sequences. In ``router_stats`` of a layer, that of the layer.
+        - ``avg_aux_loss``: ``total_aux_loss`` by layer and pass that was routed, 0 if there was none.
         """
         stats = super().get_stats()
         by_layer: dict[int, dict[str, Any]] = dict(stats["layer_stats"])
         for layer, record in list(self._records.by_layer.items()):
             by_layer[layer] = {**by_layer.get(layer, {}), **record.summary()}
-        return {**stats, "calibrated": self._is_calibrated, **self._records.summary(), "layer_stats": by_layer}
+        return {**stats, **self._about_calibration(), **self._records.summary(), "layer_stats": by_layer}
+
+    def _about_calibration(self) -> dict[str, Any]:
+        return {"calibrated": self._is_calibrated, "to_calibrate": self._to_calibrate}
 
     def reset_stats(self) -> None:
         super().reset_stats()
@@ -179,18 +222,33 @@ class MoERouterPress(ScorerPress):
         has_own = type(self)._apply_expert_compression is not MoERouterPress._apply_expert_compression
         return experts_of_strategies(names, self.experts, self._apply_expert_compression if has_own else None)
 
-    def _warn(self, reason: str, names: list[str], model_name: str) -> None:
-        """Says once why the routers of a model are not calibrated, and how they could be."""
-        if self.calibration is None or self._has_warned:
-            return
-        self._has_warned = True
-        are_default = names == list(EXPERTS)[: len(names)]
-        command = f" or `{_calibrate_command(model_name, len(names))}`" if are_default else ""
-        warnings.warn(
-            f"the router {self.router_type!r} is not calibrated for this model ({reason}): it mixes its experts evenly; "
-            f"press.calibrate(model){command} trains it",
-            stacklevel=3,
+    def _setup(self, experts: Mapping[str, RetentionExpert]) -> RouterSetup:
+        return RouterSetup(
+            kind=self.router_type,
+            experts=tuple(experts),
+            options={name: getattr(self, name) for name in _OPTIONS},
+            is_calibrated=self._is_calibrated,
+            has_trained=self._has_trained,
         )
+
+    def _warn(self, reason: str, setup: RouterSetup) -> None:
+        """Says once why the routers of a model are not calibrated, and how they could be; and which options do nothing."""
+        idle = idle_options(setup)
+        if not self._is_calibrated and self.calibration is not None:
+            said = (
+                f"the router {self.router_type!r} is not calibrated for this model ({reason}): it mixes its experts evenly, as "
+                f"all kinds of router do then; to train it, {self._to_calibrate}"
+            )
+            self._warn_once("calibration", said)
+        if idle:
+            state = "calibrated" if self._is_calibrated else "not calibrated"
+            said = f"the router {self.router_type!r} is {state}: options without effect on which tokens are kept: {idle}"
+            self._warn_once("options", said)
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=4)
 
     def _untrained(self, model: Any, num_experts: int) -> dict[int, ExpertMixer]:
         num_inputs, heads = hidden_size(model.config), num_kv_heads(model.config)
@@ -212,6 +270,9 @@ class MoERouterPress(ScorerPress):
         return {name: value for name, value in {"cache_aware": self.cache_aware}.items() if name in has}
 
 
+_OPTIONS = ("top_k", "capacity_factor", "dropout", "cache_aware", "aux_loss_weight", "head_budgets")
+
+
 def _register_routers() -> None:
     """Makes the press known by the names of the kinds of router; what ``presses/catalog.py`` reads in their files."""
     for name, kind in ROUTERS.items():
@@ -231,12 +292,3 @@ class RoutedStage(ScoredStage):
         assert isinstance(self.press, MoERouterPress)
         if scored := view.scratch.pop(RoutedScorer, []):
             self.press.record_routing(view, kept, scored)
-
-
-def _calibrate_command(model_name: str, num_experts: int) -> str:
-    """The command that calibrates a model, and leaves the result where it is found by itself if the model is in a folder."""
-    if not model_name:
-        return f"pikv calibrate --num-experts {num_experts}"
-    # A folder with the name of a model on the hub would hide that model.
-    out = model_name if Path(model_name).is_dir() else f"{Path(model_name).name}-calibration"
-    return f"pikv calibrate --model {quote(model_name)} --out {quote(out)} --num-experts {num_experts}"

@@ -32,7 +32,9 @@ class LayerRecord:
 
     def summary(self) -> dict[str, Any]:
         """Its entries of ``layer_stats``; ratios and hit rates are those of the last 1,000 decisions."""
-        usage = self.routing.summary(calibrated=self.is_calibrated)
+        found = self.routing.summary(calibrated=self.is_calibrated)
+        # The same names count the same for a layer as for the press.
+        usage = {**found, "forward_count": self.num_passes, "routed_count": self.routing.forward_count}
         return {
             "router_stats": usage,
             "expert_compression_stats": {
@@ -57,17 +59,13 @@ class RouterRecords:
         record.add(scored, ratio, hit_rate)
 
     def summary(self) -> dict[str, Any]:
-        """Passes, and auxiliary losses.
-
-        ``forward_count`` counts the passes in which each layer was decided about, whatever the size of the batch.
-        ``total_aux_loss`` adds up the losses of all layers and passes, of a pass the mean over its sequences; ``avg_aux_loss``
-        is the mean over the layers and passes in which calibrated routers routed.
-        """
+        """Passes, and auxiliary losses, of all layers; see ``MoERouterPress.get_stats``."""
         records = list(self.by_layer.values())
         total = sum(record.routing.total_loss for record in records)
         num_routed = sum(record.routing.forward_count for record in records)
         return {
             "forward_count": max((record.num_passes for record in records), default=0),
+            "routed_count": max((record.routing.forward_count for record in records), default=0),
             "total_aux_loss": total,
             "avg_aux_loss": total / num_routed if num_routed else 0.0,
         }

@@ -8,8 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from pikv.presses.base import BasePress
+from pikv.presses.catalog import first_line
 from pikv.presses.registry import PressEntry, entry_of
 from pikv.registry import shortened, unknown
+from pikv.routing.base import MoERouter
+from pikv.routing.factory import name_of_router
 from pikv.scoring.base import Scorer
 
 FILE_SEPARATOR = ".py:"
@@ -20,10 +23,21 @@ MODULE_PREFIX = "pikv_own_"
 def entry_in_file(name: str) -> PressEntry:
     """The press of ``path/to/file.py:ClassName``; the file is run once, and again when it was changed.
 
+    A class of routers stands for the press that routes with it.
+
     Raises:
         ValueError: if there is no such file, it raises, it has no such class (with the nearest), or the class is not a press.
     """
-    return entry_of(name, object_in_file(name, "press", BasePress, Scorer))
+    found = object_in_file(name, "press", BasePress, Scorer, MoERouter)
+    return router_entry(name, found) if isinstance(found, type) and issubclass(found, MoERouter) else entry_of(name, found)
+
+
+def router_entry(name: str, kind: type[MoERouter]) -> PressEntry:
+    """The press that routes with a class of routers."""
+    from pikv.presses.moe import MoERouterPress  # calibration comes with it, which other presses do without
+
+    options = {"router_type": name_of_router(kind)}
+    return entry_of(name, MoERouterPress, description=first_line(kind.__doc__), group="router", options=options)
 
 
 def object_in_file(name: str, what: str, *bases: type) -> Any:

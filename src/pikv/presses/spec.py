@@ -8,9 +8,10 @@ from pikv.checks import check_ratio
 from pikv.presses.base import BasePress
 from pikv.presses.composed import ComposedPress
 from pikv.presses.kvpress.convert import build_kvpress
-from pikv.presses.own_file import FILE_SEPARATOR, entry_in_file
+from pikv.presses.own_file import FILE_SEPARATOR, entry_in_file, router_entry
 from pikv.presses.registry import PRESSES, PressEntry
 from pikv.registry import UnknownNameError, shortened
+from pikv.routing.factory import ROUTERS
 
 _KVPRESS = "kvpress."  # what names of presses of the kvpress library begin with
 _LONGEST = 4096
@@ -81,6 +82,8 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
 
 def _by_name(name: str) -> PressEntry:
     """The press of a name; where there is none, but a file that the name may mean, the error says how to write that."""
+    if name not in PRESSES and name in (routers := ROUTERS.loaded()) and routers[name].is_press:
+        return router_entry(name, routers[name])
     try:
         return PRESSES[name]
     except UnknownNameError:

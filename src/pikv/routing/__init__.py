@@ -25,6 +25,7 @@ PiKVMoERouter = PiKVRouter
 
 # Calibration builds on routers, so these are imported when somebody asks for them.
 _ELSEWHERE = {
+    "add_calibration": "pikv.calibration.default_calibration",
     "Calibration": "pikv.calibration.files",
     "calibrate": "pikv.calibration.calibrate",
     "calibration_of": "pikv.calibration.default_calibration",
@@ -47,6 +48,7 @@ __all__ = [
     "Routing",
     "TimeRouter",
     "TopKBalancedRouter",
+    "add_calibration",
     "calibrate",
     "calibration_of",
     "create_moe_router",

@@ -64,6 +64,8 @@ class MoERouter(nn.Module):
     """Whether the name of this kind is the name of a press as well; set where it is registered."""
     paper: ClassVar[str | None] = None
     """Its number on arXiv; set where it is registered."""
+    idle_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that this kind has, but that do not change which experts a token is sent to, or with what weight."""
     uses_hits: ClassVar[bool] = False
     """Whether it uses how much of the experts' attention fell on kept tokens; it is measured for such kinds alone."""
 

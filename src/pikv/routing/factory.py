@@ -1,9 +1,10 @@
 """Routers by name."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pikv.registry import Registry
+from pikv.registry import Registry, shortened
 from pikv.routing.base import MoERouter
 
 _Router = TypeVar("_Router", bound=type[MoERouter])
@@ -37,6 +38,30 @@ def register_router(name: str, *, is_press: bool = True, paper: str | None = Non
 
 
 register_router("base")(MoERouter)
+
+
+def name_of_router(kind: type[MoERouter]) -> str:
+    """The name that a class of routers is registered under; a class that is not is registered under its own.
+
+    Raises:
+        ValueError: for what is no class of routers, or if another file has registered a class under its name.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, MoERouter)):
+        raise ValueError(f"a router is a name or a class that derives from MoERouter, not {shortened(repr(kind))}")
+    registered = ROUTERS.loaded()
+    for name, known in registered.items():
+        if known is kind:
+            return name
+    known = registered.get(kind.__name__)
+    if known is not None and _source(known) != _source(kind):
+        raise ValueError(f"there are two routers {kind.__name__!r}; register one under another name, by register_router")
+    register_router(kind.__name__)(kind)  # anew where a file was changed
+    return kind.__name__
+
+
+def _source(kind: type[MoERouter]) -> str | None:
+    """The file that a class comes from."""
+    return getattr(sys.modules.get(kind.__module__), "__file__", None)
 
 
 def create_moe_router(kind: str, hidden_size: int, num_experts: int = 4, top_k: int = 2, **options: Any) -> MoERouter:

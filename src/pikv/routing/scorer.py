@@ -88,14 +88,15 @@ class RoutedScorer(Scorer):
         key, routings = _state_key(mixer, self.experts), []
         if router.calibrated:
             hits, positions = view.state.get((Hits, *key)), view.query_positions
-            for sequence, columns in enumerate(view.is_token):
-                if not bool(columns.any()):
-                    continue
-                rates = hits.rates(sequence) if isinstance(hits, Hits) else None
-                places = positions[sequence, columns]
-                routing = router.route(view.hidden_states[sequence, columns], router.token_info(places, rates))
-                routings.append(routing)
-                weights[sequence, places] = expert_weights(routing)[0].to(weights)
+            with router.stats.one_pass():
+                for sequence, columns in enumerate(view.is_token):
+                    if not bool(columns.any()):
+                        continue
+                    rates = hits.rates(sequence) if isinstance(hits, Hits) else None
+                    places = positions[sequence, columns]
+                    routing = router.route(view.hidden_states[sequence, columns], router.token_info(places, rates))
+                    routings.append(routing)
+                    weights[sequence, places] = expert_weights(routing)[0].to(weights)
             # Weights that are stored stay: where a text is scored by chunks, other tokens replace those whose queries are gone.
             load_weights(view, key, weights)
             store_weights(view, key, weights, router.top_k)

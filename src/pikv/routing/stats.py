@@ -1,5 +1,7 @@
 """What routers did, added up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ class RoutingStats:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
+        self._parts: list[Routing] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -26,12 +29,26 @@ class RoutingStats:
         self._terms: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """What is added inside of the block counts as one pass: the sequences of a batch that are routed one by one."""
+        self._parts = []
+        try:
+            yield
+        finally:
+            parts, self._parts = self._parts, None
+            if parts:
+                self.add(*parts)
+
     @torch.no_grad()
     def add(self, *routings: Routing) -> None:
         """Adds one pass: the decision of a router, or several about parts of a batch.
 
         Counts of the parts are added up; their losses count by their mean, as does the loss of one decision about a batch.
         """
+        if self._parts is not None:
+            self._parts += routings
+            return
         self.forward_count += 1
         for routing in routings:
             self.num_tokens += routing.probs.shape[0] * routing.probs.shape[1]
@@ -48,10 +65,10 @@ class RoutingStats:
     def summary(self, *, calibrated: bool) -> dict[str, Any]:
         """Loads, drops and losses, and whether anything was learned, as the caller says.
 
-        ``forward_count`` counts passes, however many sequences or decisions these have. Usage ratios are shares of the choices
-        made, dropped ones included; before the first decision they are even. ``total_aux_loss`` adds up the passes' losses,
-        ``avg_aux_loss`` and ``loss_terms`` are means over passes. What a kind of router counts beside that comes as totals,
-        under its own names.
+        ``forward_count`` counts the passes in which the router was asked, however many sequences these have. Usage ratios are
+        shares of the choices made, dropped ones included; before the first decision they are even. ``total_aux_loss`` adds up
+        the passes' losses, ``avg_aux_loss`` and ``loss_terms`` are means over passes. What a kind of router counts beside that
+        comes as totals, under its own names.
         """
         load = self._sums["load"].tolist() if self._sums else [0] * self.num_experts
         dropped = int(self._sums["dropped"]) if self._sums else 0

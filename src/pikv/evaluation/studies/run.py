@@ -6,12 +6,13 @@ from typing import Any
 
 from pikv.calibration.calibrate import calibrate
 from pikv.calibration.default_calibration import calibration_of, use_calibration
-from pikv.calibration.progress import ProgressBar
+from pikv.calibration.progress import ProgressBar, no_progress
 from pikv.evaluation.config import EvaluationConfig
 from pikv.evaluation.environment import environment
 from pikv.evaluation.lengths import check_lengths
 from pikv.evaluation.notes import notes_on
 from pikv.evaluation.results import Result
+from pikv.evaluation.router_calibration import calibrate_for
 from pikv.evaluation.runner import Batch, Plan, run_plan
 from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
@@ -75,8 +76,8 @@ class StudyConfig(EvaluationConfig):
         )
 
 
-def prepare(study: Study, config: StudyConfig) -> tuple[Plan, Data]:
-    """Makes and checks everything that a study needs, before any of it is run.
+def prepare(study: Study, config: StudyConfig, progress: ProgressBar = no_progress) -> tuple[Plan, Data]:
+    """Makes and checks everything that a study needs, and trains what it is to train, before any of it is run.
 
     Raises:
         ValueError: for settings that a press refuses, models and data that cannot be had, contexts too long for the model's
@@ -106,6 +107,8 @@ def prepare(study: Study, config: StudyConfig) -> tuple[Plan, Data]:
     )
     if config.calibration is not None:
         use_calibration(data.model, config.calibration)
+    tokenizer = data.quality.tokenizer if data.quality else None
+    calibrations = calibrate_for(config, data.model, tokenizer, methods, progress)
     for method in [] if data.is_random else methods:
         method.press().bind(data.model)
     num_new_tokens = study.num_new_tokens if config.num_new_tokens is None else config.num_new_tokens
@@ -128,6 +131,7 @@ def prepare(study: Study, config: StudyConfig) -> tuple[Plan, Data]:
         num_new_tokens=num_new_tokens,
         num_passes=config.passes,
         beside_full=True,
+        calibrations=calibrations,
     )
     return plan, data
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from pikv.routing.experts.base import RetentionExpert
-from pikv.routing.experts.registry import EXPERTS, default_experts, get_expert
+from pikv.routing.experts.registry import DEFAULT_NUM_EXPERTS, EXPERTS, default_experts, get_expert
 
-__all__ = ["EXPERTS", "RetentionExpert", "default_experts", "get_expert"]
+__all__ = ["DEFAULT_NUM_EXPERTS", "EXPERTS", "RetentionExpert", "default_experts", "get_expert"]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

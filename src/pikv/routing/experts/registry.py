@@ -13,6 +13,9 @@ _LISTED_FIRST = {
     "adaptive": "attention",
 }
 
+DEFAULT_NUM_EXPERTS = 4
+"""Experts that routers choose among where nobody says how many."""
+
 EXPERTS: Registry[Callable[[], RetentionExpert]] = Registry(
     "expert", files=lambda: {name: f"pikv.routing.experts.{file}" for name, file in _LISTED_FIRST.items()}
 )
@@ -31,7 +34,7 @@ def get_expert(name: str) -> RetentionExpert:
     return EXPERTS[name]()
 
 
-def default_experts(num_experts: int = 4) -> dict[str, RetentionExpert]:
+def default_experts(num_experts: int = DEFAULT_NUM_EXPERTS) -> dict[str, RetentionExpert]:
     """The first ``num_experts`` of ``EXPERTS``.
 
     Raises:

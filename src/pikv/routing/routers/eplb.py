@@ -19,6 +19,8 @@ class EPLBRouter(MoERouter):
     as even ones could teach it nothing.
     """
 
+    idle_options = frozenset({"capacity_factor"})
+
     def assign(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         made = torch.stack([balanced_choices(sequence, self.top_k) for sequence in logits]).to(logits.device)
         # Choices that are not made come last, different experts all the same.
