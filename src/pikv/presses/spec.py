@@ -70,13 +70,9 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
     if inner and not wraps:
         raise ValueError(f"press {name!r} wraps no other press")
     try:
-        press = _wrap(entry, inner or wraps, options) if wraps else entry.kind(**entry.info.options, **options)
+        return _wrap(entry, inner or wraps, options) if wraps else entry.kind(**entry.info.options, **options)
     except TypeError as error:
         raise ValueError(f"press {name!r}: {error}") from None
-    # One's own class may have forgotten to call that of BasePress.
-    if not hasattr(press, "_counts"):
-        raise ValueError(f"press {name!r}: its __init__ must call super().__init__()")
-    return press
 
 
 def _by_name(name: str) -> PressEntry:

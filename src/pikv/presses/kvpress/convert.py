@@ -73,8 +73,14 @@ class KvpressPress(ScorerPress):
     """Keeps the tokens that a kvpress ``ScorerPress`` ranks highest; see ``from_kvpress``."""
 
     def __init__(self, press: Any, sharing: Budget | None = None) -> None:
-        super().__init__(KvpressScorer(press), press.compression_ratio, sharing=sharing)
+        super().__init__(
+            KvpressScorer(press, f"kvpress's {type(press).__name__}", is_peer=True), press.compression_ratio, sharing=sharing
+        )
         self.press = press
+
+    def _set_ratio(self, ratio: float) -> None:
+        super()._set_ratio(ratio)
+        self.press.compression_ratio = ratio
 
     def __repr__(self) -> str:
         return f"from_kvpress({self.press!r})"
