@@ -59,7 +59,7 @@ class BasePress(Adjustable, StageSource):
         return float(vars(self).get("_own_ratio", 0.0))
 
     def _set_ratio(self, ratio: float) -> None:
-        if not takes_tensors(type(self).compress, "compress"):
+        if not takes_tensors(type(self).compress):
             raise ValueError(f"{self!r} has no ratio of its own to set")
         self._own_ratio = ratio  # what it means is up to that method
 
@@ -83,7 +83,7 @@ class BasePress(Adjustable, StageSource):
             ValueError: if the press cannot work on this model.
         """
         compress: Callable[[LayerView], Kept | None] = self.compress
-        if takes_tensors(type(self).compress, "compress"):
+        if takes_tensors(type(self).compress):
             check_hooks(type(self), BasePress)
             self.post_init_from_model(model)
             compress = TensorCompression(self, model)

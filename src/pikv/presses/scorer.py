@@ -88,7 +88,7 @@ class ScorerPress(BasePress):
         """What data classes written for kvpress expect of the class above them."""
 
     def bind(self, model: Any) -> Sequence[Stage]:
-        if takes_tensors(type(self).compress, "compress"):
+        if takes_tensors(type(self).compress):
             return super().bind(model)
         return [ScoredStage(presses=(self,), scorer=self.scorer.bind(model), budget=self._present_budget())]
 
@@ -100,7 +100,7 @@ class ScorerPress(BasePress):
         return self.budget.with_amount(Amount(self.compression_ratio))
 
     def min_kept(self, num_tokens: int) -> int:
-        if takes_tensors(type(self).compress, "compress"):
+        if takes_tensors(type(self).compress):
             return super().min_kept(num_tokens)
         return self._present_budget().min_kept(num_tokens)
 
@@ -128,7 +128,7 @@ class _OwnScorer(Scorer):
 
 def _own_scorer(press: ScorerPress) -> Scorer:
     """The scorer of a press with a ``score`` of its own."""
-    if takes_tensors(type(press).score, "score"):
+    if takes_tensors(type(press).score):
         check_hooks(type(press), BasePress)
         return KvpressScorer(press, type(press).__name__, is_peer=False)
     return _OwnScorer(press)

@@ -1,7 +1,6 @@
 """Settings of presses: what their constructors take can be read, and set afterwards."""
 
 import inspect
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from itertools import count
@@ -12,7 +11,7 @@ from pikv.registry import unknown
 _changes = count(1)
 
 
-class Adjustable(ABC):
+class Adjustable:
     """Something whose constructor's arguments are attributes that can be set.
 
     Setting one makes another object with it, so that it is checked as the constructor checks it, and takes over what that made
@@ -37,7 +36,8 @@ class Adjustable(ABC):
     def last_change(self) -> int:
         """A number that is another one after a setting was changed, here or in anything that this one holds."""
         held = [each for value in vars(self).values() for each in (value if isinstance(value, list) else [value])]
-        return max([vars(self).get("_changed", 0), *(each.last_change() for each in held if isinstance(each, Adjustable))])
+        changes = [each.last_change() for each in held if isinstance(each, Adjustable)]
+        return max([int(vars(self).get("_changed", 0)), *changes])
 
     def _note(self, name: str, value: Any) -> None:
         """Notes a setting that was changed."""
@@ -58,7 +58,7 @@ class Adjustable(ABC):
         self._note(name, value)
 
     def _further_settings(self) -> str:
-        """What was set to something else than the default, apart from amounts and what is made of other objects, for ``repr``."""
+        """For ``repr``: plain settings that are not what they are by default, without amounts."""
         defaults = inspect.signature(_kind_of(self)).parameters
         said = [
             f", {name}={value!r}"

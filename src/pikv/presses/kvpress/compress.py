@@ -66,10 +66,8 @@ class TensorCompression:
         """The keys and values ``[G, K, D]`` that were returned."""
         is_pair = isinstance(returned, tuple | list) and len(returned) == 2
         if not is_pair or not all(isinstance(each, Tensor) and each.dim() == 4 and len(each) == 1 for each in returned):
-            found = (
-                [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in returned] if is_pair else ()
-            )
-            said = " and ".join(map(str, found)) or f"an object of type {type(returned).__name__}"
+            parts = returned if is_pair else [returned]
+            said = " and ".join(str(list(each.shape)) if isinstance(each, Tensor) else repr(type(each)) for each in parts)
             raise ValueError(f"compress of {self.name} must return keys and values [1, G, K, D]; it returned {said}")
         keys, values = returned
         if keys.shape[1] != sequence.keys.shape[1]:

@@ -125,8 +125,8 @@ class SequenceView:
         if self.is_first_reading:
             return f"{name} cannot {what} {self.length} tokens in {type(self.view.module).__name__}"
         return (
-            f"{name} cannot {what} a cache of {self.length} tokens after reading {self.num_new}: it was made for one prefill of "
-            "the whole context, before anything is evicted"
+            f"{name} cannot {what} a cache of {self.length} tokens after reading {self.num_new}: it was made for one prefill "
+            "of the whole context, before anything is evicted"
         )
 
 

@@ -9,7 +9,7 @@ TENSOR_ARGUMENTS = ("module", "hidden_states", "keys", "values", "attentions", "
 
 
 @cache
-def takes_tensors(method: Callable[..., Any], name: str) -> bool:
+def takes_tensors(method: Callable[..., Any]) -> bool:
     """Whether a method of a class takes what kvpress hands to it, and not a ``LayerView``.
 
     Raises:
@@ -24,14 +24,13 @@ def takes_tensors(method: Callable[..., Any], name: str) -> bool:
             # What takes anything at all is called as the contract here says.
             return answer
     taken = ", ".join(str(each) for each in parameters) or "nothing"
-    raise ValueError(
-        f"{method.__qualname__} must take {name}(view), or kvpress's ({', '.join(TENSOR_ARGUMENTS)}), not ({taken})"
-    )
+    theirs = ", ".join(TENSOR_ARGUMENTS)
+    raise ValueError(f"{method.__qualname__} must take (view), or as in kvpress ({theirs}), not ({taken})")
 
 
 def check_hooks(kind: type, base: type) -> None:
     """Raises ValueError for a class that overrides what nothing calls here, or what everything depends on."""
     if hasattr(kind, "forward_hook"):
         raise ValueError(f"{kind.__name__} has a forward_hook of its own, which nothing calls here; override compress or score")
-    if kind.__call__ is not base.__call__:  # type: ignore[operator]
+    if kind.__call__ is not base.__call__:
         raise ValueError(f"{kind.__name__} overrides __call__, which applies a press here; override compress or score")
