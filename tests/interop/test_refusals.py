@@ -48,7 +48,10 @@ def test_a_compression_that_changes_what_stays(llama):
             keys, values = super().compress(*args)
             return keys, 2 * values
 
-    with from_kvpress(Louder(0.5))(llama), pytest.raises(ValueError, match="compress of kvpress's Louder must return .* changed"):
+    with (
+        from_kvpress(Louder(0.5))(llama),
+        pytest.raises(ValueError, match=r"compress of kvpress's Louder must return .* changed"),
+    ):
         llama(batch_of([40])[0])
 
 

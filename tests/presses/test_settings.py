@@ -79,9 +79,9 @@ def test_what_makes_no_sense_is_the_error_of_the_constructor(name, setting, _, w
 
 
 def test_what_is_no_setting_is_refused():
-    with pytest.raises(AttributeError, match="unknown setting of SnapKVPress 'widow_size'; did you mean 'window_size'?"):
+    with pytest.raises(AttributeError, match=r"unknown setting of SnapKVPress 'widow_size'; did you mean 'window_size'\?"):
         SnapKVPress().widow_size = 8
-    with pytest.raises(AttributeError, match="unknown setting of AdaKVPress 'window_size'.*available: alpha_safeguard, press"):
+    with pytest.raises(AttributeError, match=r"unknown setting of AdaKVPress 'window_size'.*available: alpha_safeguard, press"):
         AdaKVPress(SnapKVPress()).window_size = 8
     with pytest.raises(AttributeError, match="'KnormPress' object has no attribute 'window_size'"):
         KnormPress().window_size  # noqa: B018
@@ -128,7 +128,10 @@ def test_wrappers_and_compositions(llama):
     assert both.prefilling_press.compression_ratio == both.compression_ratio == 0.25
     decoding = both.decoding_press
     decoding.target_size, decoding.compression_interval, decoding.hidden_states_buffer_size = 10, 4, 2
-    assert repr(decoding) == "DecodingPress(KnormPress(compression_ratio=0.5), target_size=10, compression_interval=4, buffer_size=2)"
+    assert (
+        repr(decoding)
+        == "DecodingPress(KnormPress(compression_ratio=0.5), target_size=10, compression_interval=4, buffer_size=2)"
+    )
     with decoding(llama):
         out = llama.generate(batch_of([20])[0], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     assert out.past_key_values.lengths(0).tolist() == [[10] * 4]
@@ -214,7 +217,7 @@ def test_presses_made_of_registered_scorers(llama, monkeypatch):
     assert press_info("oldest").class_name == "OldestScorer"
     with pytest.raises(ValueError, match="power must be more than 0"):
         press.power = 0
-    with pytest.raises(AttributeError, match="unknown setting of OldestScorer 'pover'; did you mean 'power'"):
+    with pytest.raises(AttributeError, match=r"unknown setting of OldestScorer 'pover'; did you mean 'power'"):
         press.pover = 1
 
 

@@ -42,8 +42,9 @@ class Adjustable:
     def _note(self, name: str, value: Any) -> None:
         """Notes a setting that was changed."""
         vars(self)["_changed"] = next(_changes)
-        settings = vars(self).get("_settings")
-        if settings is not None:
+        settings, parameters = vars(self).get("_settings"), inspect.signature(_kind_of(self)).parameters
+        takes_further = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        if settings is not None and (name in parameters or takes_further):  # else it is one of what this one holds
             vars(self)["_settings"] = {**_without_alternatives(self, settings, name), name: value}
 
     def _adjust(self, name: str, value: Any) -> None:
