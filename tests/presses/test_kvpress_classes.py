@@ -144,8 +144,9 @@ def test_ratios_of_data_classes():
         0.0,
     )
     press = OwnRatioPress(0.25)
+    assert press.budget.amount.ratio == 0.5  # made when it is asked for
     press.compression_ratio = 0.5
-    assert (press.compression_ratio, repr(press)) == (0.5, "OwnRatioPress(compression_ratio=0.5)".replace("Own", "Own"))
+    assert (press.compression_ratio, press.min_kept(40), repr(press)) == (0.5, 20, "OwnRatioPress(compression_ratio=0.5)")
     with pytest.raises(ValueError, match="compression_ratio must be at least 0 and less than 1, not 2"):
         press.compression_ratio = 2
     assert press == OwnRatioPress(0.5)

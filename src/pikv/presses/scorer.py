@@ -70,12 +70,20 @@ class ScorerPress(BasePress):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Limits.__annotations__ and not isinstance(value, Budget):
             ratio = self.budget.amount.ratio
-            vars(self)["budget"] = self.budget.with_amount(Amount.of(ratio, {name: value}))
+            tokens, max_bytes = (value if name == limit else None for limit in Limits.__annotations__)
+            vars(self)["budget"] = self.budget.with_amount(Amount(ratio, tokens, max_bytes))
             self._note(*(("compression_ratio", ratio) if value is None else (name, value)))
             return
         if name == "compression_ratio" and not isinstance(getattr(type(self), name), property):  # a data class has its own
             check_ratio(value)
         super().__setattr__(name, value)
+
+    def _adjust(self, name: str, value: Any) -> None:
+        settings = vars(self)["_settings"]
+        if "scorer" in settings and not isinstance(settings["scorer"], Scorer):  # a score of its own, perhaps behind a ratio
+            own = {"scorer": self.scorer, "compression_ratio": self.budget.amount.ratio}
+            vars(self)["_settings"] = {**settings, **own}
+        super()._adjust(name, value)
 
     def __getattr__(self, name: str) -> Any:
         # The constructor of a data class does not call the one above.
@@ -105,7 +113,7 @@ class ScorerPress(BasePress):
         return self._present_budget().min_kept(num_tokens)
 
     def __repr__(self) -> str:
-        amount = self.budget.amount
+        amount = self._present_budget().amount
         said = f"compression_ratio={amount.ratio:g}"
         if amount.tokens is not None:
             said = f"budget={amount.tokens}"

@@ -73,9 +73,10 @@ class Adjustable:
     def __setattr__(self, name: str, value: Any) -> None:
         settings = vars(self).get("_settings")
         name = self.further_names.get(name, name)
-        if name.startswith("_") or settings is None or isinstance(getattr(type(self), name, None), property):
+        is_property = isinstance(getattr(type(self), name, None), property)
+        if name.startswith("_") or settings is None or is_property or name == "compression_ratio":
             object.__setattr__(self, name, value)
-            if name == "compression_ratio" and not isinstance(getattr(type(self), name, None), property):
+            if name == "compression_ratio" and not is_property:  # a user's class has an attribute in the place of ours
                 self._note(name, value)
         elif name in settings and "_making" not in vars(self):
             self._adjust(name, value)

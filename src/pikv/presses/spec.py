@@ -95,7 +95,7 @@ def _wrap(entry: PressEntry, inner: str, options: dict[str, Any]) -> BasePress:
     """The press around another one, each with the options that it knows."""
     own = {key: value for key, value in options.items() if key in inspect.signature(entry.kind).parameters}
     rest = {key: value for key, value in options.items() if key not in own}
-    return entry.kind(get_press(inner, **rest), **entry.info.options, **own)  # type: ignore[call-arg]
+    return entry.kind(get_press(inner, **rest), **entry.info.options, **own)
 
 
 def _depth(spec: str) -> int:
