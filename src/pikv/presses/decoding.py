@@ -55,7 +55,7 @@ class DecodingPress(WrapperPress):
 class PrefillDecodingPress(BasePress):
     """One press for contexts (None for none), another while decoding."""
 
-    def __init__(self, prefilling_press: BasePress | None, decoding_press: DecodingPress) -> None:
+    def __init__(self, prefilling_press: BasePress | None = None, decoding_press: DecodingPress | None = None) -> None:
         super().__init__()
         prefilling_press = NoCompressionPress() if prefilling_press is None else prefilling_press
         if not isinstance(prefilling_press, BasePress):

@@ -76,12 +76,11 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
     ),
     "PerLayerCompressionPress": Counterpart(ours="PerLayerPress", note="with any attention"),
     "DecodingPress": Counterpart(
-        ours="DecodingPress", note="`base_press` is `press`, `hidden_states_buffer_size` is `buffer_size`; both names work"
+        ours="DecodingPress",
+        note="`base_press` is `press`, `hidden_states_buffer_size` is `buffer_size`; both work. Sizes by name: their order "
+        "differs",
     ),
-    "PrefillDecodingPress": Counterpart(
-        ours="PrefillDecodingPress",
-        defaults={"decoding_press": "has none here: without one, use the other press alone"},
-    ),
+    "PrefillDecodingPress": Counterpart(ours="PrefillDecodingPress", note="needs its `decoding_press`"),
     "BlockPress": _none(_FROM),
     "CapPress": _none(_FROM),
     "CompactorPress": _none(_FROM + "; `LeverageScorePress` and `NonCausalAttentionPress` are its halves"),
