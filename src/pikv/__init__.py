@@ -24,6 +24,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import; `pikv --help` should not.
+    if name == "from_kvpress" or name.endswith("Press"):
+        return getattr(import_module("pikv.presses"), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'pikv' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -164,11 +164,11 @@ def test_pouring_is_exact_and_never_overflows(total, capacities, seed):
 
 @given(ratio=st.floats(0, 0.89), length=st.integers(30, 5000))
 def test_streaming_heads_meet_the_ratio_as_closely_as_whole_heads_can(ratio, length):
-    budget = StreamingHeadBudget(torch.rand(5, 8), ratio=ratio, sink_size=1, recent_size=2)
+    budget = StreamingHeadBudget(torch.rand(5, 8), amount=Amount(ratio), sink_size=1, recent_size=2)
     removed = budget.num_streaming(length) * (length - 3) / (40 * length)
     assert abs(removed - min(ratio, 1 - 3 / length)) <= 0.5 * (1 - 3 / length) / 40 + 1e-9
 
 
 def test_every_sequence_has_its_own_number_of_streaming_heads():
-    budget = StreamingHeadBudget(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), ratio=0.5, sink_size=2, recent_size=8)
+    budget = StreamingHeadBudget(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), amount=Amount(0.5), sink_size=2, recent_size=8)
     assert target_lengths(budget, [[1000] * 4, [20] * 4]) == [[10, 10, 1000, 1000], [10, 10, 10, 10]]

@@ -97,6 +97,45 @@ def test_adakv_shares_out_as_in_kvpress_and_frees_memory(model, name, ratio, ids
     assert cache.nbytes < (1 - 0.8 * ratio) * full.nbytes
 
 
+COMPRESSIONS = {
+    "block": lambda ratio: kvpress.BlockPress(kvpress.KeyDiffPress(ratio), block_size=16),
+    "critical adakv": lambda ratio: kvpress.CriticalAdaKVPress(kvpress.SnapKVPress(ratio, window_size=8)),
+    "own": lambda ratio: EveryOtherFirst(ratio),
+}
+
+
+class EveryOtherFirst(kvpress.BasePress):
+    """Keeps every second of the first tokens, and the last ones."""
+
+    def __init__(self, compression_ratio):
+        self.compression_ratio = compression_ratio
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        num_tokens = keys.shape[2]
+        num_gone = round(num_tokens * self.compression_ratio)
+        places = torch.tensor([*range(2 * num_gone, num_tokens), *range(0, min(2 * num_gone, num_tokens), 2)])
+        return keys[:, :, places], values[:, :, places]
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_what_compress_leaves_out_is_gone(model, name, ids):
+    ours, cache = our_kept(model, from_kvpress(COMPRESSIONS[name](0.25)), ids)
+    assert ours == peer_kept(model, COMPRESSIONS[name](0.25), ids)
+    assert sum(len(row) for layer in ours for row in layer) == 0.75 * NUM_TOKENS * sum(len(layer) for layer in ours)
+    full = PiKVCache(model.config)
+    model(ids, past_key_values=full)
+    assert cache.nbytes < 0.85 * full.nbytes
+    assert_matches_oracle(model, from_kvpress(COMPRESSIONS[name](0.25)), [batch_of([64, 33, 47])], steps=3)
+
+
+def test_layers_that_kvpress_finds_lazy(model, ids):
+    def lazy():
+        return kvpress.SimLayerKVPress(lazy_threshold=0.6, n_recent=20, n_initial=4)
+
+    ours, _ = our_kept(model, from_kvpress(lazy()), ids)
+    assert ours == peer_kept(model, lazy(), ids)
+
+
 def test_decoding_after_adakv_matches_the_oracle(model):
     press = from_kvpress(kvpress.AdaKVPress(kvpress.SnapKVPress(0.6, window_size=8)))
     assert_matches_oracle(model, press, [batch_of([64, 33, 47])], steps=6)

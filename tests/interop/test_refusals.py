@@ -12,9 +12,7 @@ REFUSED = [
     (lambda: kvpress.ThinKPress(0.5), "ThinKPress cannot be used here: it removes channels of keys"),
     (lambda: kvpress.DMSPress(kvpress.KnormPress(), threshold=0.5), "DMSPress cannot be used here: it evicts by a threshold"),
     (lambda: kvpress.KVzipPress(0.5), "KVzipPress cannot be used here: .* use pikv.presses.KVzipPress"),
-    (lambda: kvpress.BlockPress(kvpress.KnormPress(0.5)), "BlockPress cannot be used here"),
     (lambda: kvpress.FinchPress(0.5), "FinchPress cannot be used here"),
-    (lambda: kvpress.CriticalAdaKVPress(kvpress.KnormPress(0.5)), "CriticalAdaKVPress cannot be used here"),
     (lambda: kvpress.MergingPress(kvpress.KnormPress(0.5)), "MergingPress cannot be used here"),
     (lambda: kvpress.ComposedPress([kvpress.KnormPress(0.5), kvpress.ThinKPress(0.5)]), "ThinKPress cannot be used here"),
     (lambda: kvpress.PerLayerCompressionPress(kvpress.PyramidKVPress(), [0.5]), "both share out by layer"),
@@ -30,18 +28,31 @@ def test_presses_that_do_more_than_score(press, message):
         from_kvpress(press())
 
 
-def test_scorers_that_decide_in_their_own_way():
+def test_presses_that_act_in_their_own_way():
     class Own(kvpress.KnormPress):
-        def compress(self, *args):
-            return super().compress(*args)
+        def forward_hook(self, *args):
+            return super().forward_hook(*args)
 
-    class OwnWrapper(kvpress.AdaKVPress):
+    class OwnMerging(kvpress.MergingPress):
         pass
 
-    with pytest.raises(ValueError, match="Own cannot be used here: it overrides compress"):
+    with pytest.raises(ValueError, match="Own cannot be used here: it overrides forward_hook"):
         from_kvpress(Own(0.5))
-    with pytest.raises(ValueError, match="OwnWrapper cannot be used here"):
-        from_kvpress(OwnWrapper(kvpress.KnormPress(0.5)))
+    with pytest.raises(ValueError, match="OwnMerging cannot be used here: it changes the keys or values"):
+        from_kvpress(OwnMerging(kvpress.KnormPress(0.5)))
+
+
+def test_a_compression_that_changes_what_stays(llama):
+    class Louder(kvpress.KnormPress):
+        def compress(self, *args):
+            keys, values = super().compress(*args)
+            return keys, 2 * values
+
+    with (
+        from_kvpress(Louder(0.5))(llama),
+        pytest.raises(ValueError, match=r"compress of kvpress's Louder must return .* changed"),
+    ):
+        llama(batch_of([40])[0])
 
 
 def test_rows_of_unequal_length(llama):

@@ -44,10 +44,6 @@ BAD_FILES = {
     "mine": (TEN_LINES, "a class in a file is written 'mine.py:MyPress'"),
     "mine.py": (TEN_LINES, "'mine.py' names a file: say which class, 'mine.py:MyPress'"),
     "mine.py:KeyEntropyPress:2": (TEN_LINES, "must be at least 0 and less than 1"),
-    "mine.py:Silent:0.5": (
-        "from pikv.presses import BasePress\nclass Silent(BasePress):\n    def __init__(self, compression_ratio): pass",
-        r"its __init__ must call super\(\).__init__\(\)",
-    ),
 }
 
 

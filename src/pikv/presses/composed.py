@@ -23,6 +23,9 @@ class ComposedPress(BasePress):
     def _get_ratio(self) -> float:
         return 1 - prod(1 - press.compression_ratio for press in self.presses)
 
+    def _set_ratio(self, ratio: float) -> None:
+        raise ValueError(f"{self!r} has no ratio of its own to set; set those of its presses")
+
     def bind(self, model: Any) -> Sequence[Stage]:
         return joined([stage for press in self.presses for stage in press.bind(model)], self)
 

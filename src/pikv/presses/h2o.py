@@ -36,6 +36,21 @@ def _mass_of_block(block: BlockView) -> Tensor:
     return attention_mass(block.queries, block.keys, block.positions, block.query_positions, block.params, block.logsumexp)
 
 
+class MeanObservedScorer(ObservedAttentionScorer):
+    """Scores a token by the mean attention of the queries that could see it."""
+
+    def score(self, view: LayerView) -> Tensor:
+        num_queries = view.seen.view(-1, 1, 1).to(view.kept.device) - view.kept.positions
+        return super().score(view) / num_queries.clamp(min=1)
+
+
+class ObservedAttentionPress(ScorerPress):
+    """Keeps what the queries that could see it attended to most on average, the newest tokens as any other (as in kvpress)."""
+
+    def __init__(self, compression_ratio: float = 0.5, **limits: Unpack[Limits]) -> None:
+        super().__init__(MeanObservedScorer(), compression_ratio, **limits)
+
+
 @register_press("h2o", group="attention", paper="2306.14048")
 class H2OPress(ScorerPress):
     """Keeps heavy hitters, which all queries together attended to most, and the most recent tokens (H2O, arXiv 2306.14048).

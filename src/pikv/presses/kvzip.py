@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class KVzipPress(ScorerPress):
     Tokens are shared out over all layers and heads by score, or with ``layerwise`` over the heads of each layer; for equal
     shares use a ``ScorerPress``. Needs ``input_ids``.
     """
+
+    further_names = MappingProxyType({"n_sink": "sink_size"})
 
     def __init__(
         self,

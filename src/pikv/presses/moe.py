@@ -68,6 +68,8 @@ class MoERouterPress(ScorerPress):
             applied, for an unknown strategy, or a calibration of another model.
     """
 
+    made_of_settings = (*ScorerPress.made_of_settings, "experts", "expert_strategies", "top_k")
+
     def __init__(
         self,
         compression_ratio: float = 0.5,
@@ -111,6 +113,12 @@ class MoERouterPress(ScorerPress):
         self._is_calibrated = False
         self._has_trained = False
         self._to_calibrate: str | None = None
+
+    def _adjust(self, name: str, value: Any) -> None:
+        strategies = self.expert_strategies
+        super()._adjust(name, value)
+        if name not in ("num_experts", "experts"):
+            vars(self)["expert_strategies"] = strategies
 
     def bind(self, model: Any) -> Sequence[Stage]:
         """Finds or makes the routers of ``model``, one a layer."""

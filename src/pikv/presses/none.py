@@ -7,3 +7,7 @@ from pikv.presses.registry import register_press
 @register_press("none", group="baseline")
 class NoCompressionPress(BasePress):
     """Keeps everything: the full cache on PiKV's storage, the baseline of every comparison."""
+
+    def _set_ratio(self, ratio: float) -> None:
+        if ratio:
+            raise ValueError(f"{self!r} has no ratio of its own to set")

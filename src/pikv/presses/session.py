@@ -68,6 +68,7 @@ class Session:
         self.press = press
         self.model = model
         self.stages = stages
+        self.bound_at = press.last_change()
         self.ranks = {layer: rank for rank, layer in enumerate(ragged_layers(model.config))}
         self.num_kept_steps = max((stage.trigger.queries_while_decoding for stage in stages), default=0)
         self.needs = Needs()
@@ -83,6 +84,8 @@ class Session:
 
     def begin(self, inputs: ForwardInputs) -> Session:
         """The session of a forward pass that is about to begin."""
+        if self.press.last_change() != self.bound_at:  # a setting was changed inside of the block
+            self.__init__(self.press, self.model, self.press.bind(self.model))  # type: ignore[misc]
         session = copy(self)
         session.waiting = {}
         session.before = None

@@ -71,13 +71,9 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
     if inner and not wraps:
         raise ValueError(f"press {name!r} wraps no other press")
     try:
-        press = _wrap(entry, inner or wraps, options) if wraps else entry.kind(**entry.info.options, **options)
+        return _wrap(entry, inner or wraps, options) if wraps else entry.kind(**entry.info.options, **options)
     except TypeError as error:
         raise ValueError(f"press {name!r}: {error}") from None
-    # One's own class may have forgotten to call that of BasePress.
-    if not hasattr(press, "_counts"):
-        raise ValueError(f"press {name!r}: its __init__ must call super().__init__()")
-    return press
 
 
 def _by_name(name: str) -> PressEntry:
@@ -102,7 +98,7 @@ def _wrap(entry: PressEntry, inner: str, options: dict[str, Any]) -> BasePress:
     """The press around another one, each with the options that it knows."""
     own = {key: value for key, value in options.items() if key in inspect.signature(entry.kind).parameters}
     rest = {key: value for key, value in options.items() if key not in own}
-    return entry.kind(get_press(inner, **rest), **entry.info.options, **own)  # type: ignore[call-arg]
+    return entry.kind(get_press(inner, **rest), **entry.info.options, **own)
 
 
 def _depth(spec: str) -> int:

@@ -72,6 +72,10 @@ class StageSource(Recorder, ABC):
     """What stages come from: a press, seen from below."""
 
     @abstractmethod
+    def last_change(self) -> int:
+        """A number that is another one after a setting was changed, so that stages have to be made anew."""
+
+    @abstractmethod
     def bind(self, model: Any) -> Sequence[Stage]:
         """The decisions to take, one after the other, in every layer of ``model``."""
 

@@ -53,4 +53,4 @@ class WrapperPress(BasePress):
         self.press.reset_stats()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.press!r})"
+        return f"{type(self).__name__}({self.press!r}{self._further_settings()})"

@@ -1,7 +1,7 @@
 """Presses of the kvpress library on PiKV's ragged cache (https://github.com/NVIDIA/kvpress)."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,11 +15,13 @@ from pikv.presses.chunkkv import ChunkKVPress
 from pikv.presses.composed import ComposedPress
 from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
 from pikv.presses.keyrotation import KeyRerotationPress
+from pikv.presses.kvpress.compress import TensorCompression
 from pikv.presses.kvpress.scorer import KvpressScorer
 from pikv.presses.none import NoCompressionPress
 from pikv.presses.perlayer import PerLayerPress
 from pikv.presses.pyramidkv import PyramidBudget
 from pikv.presses.scorer import ScorerPress
+from pikv.presses.stage import FreeStage, Stage
 from pikv.registry import unknown
 
 _MISSING = 'kvpress is not installed; pip install "pikv[kvpress]" (it needs transformers < 5.3)'
@@ -31,11 +33,12 @@ def from_kvpress(press: Any) -> BasePress:
     Any ``ScorerPress`` becomes a PiKV ``ScorerPress`` with its scores and its ratio, to be wrapped further as you like;
     wrappers become their PiKV counterparts. Counts of tokens are rounded, where kvpress rounds down; ``ChunkKVPress``
     keeps a part of its last chunk, where kvpress leaves that out. ``KeyRerotationPress`` moves keys to right before what comes
-    next, where kvpress moves them to the beginning.
+    next, where kvpress moves them to the beginning. Any other press is asked for its ``compress``, and what it leaves out, or
+    hides from attention, is evicted.
 
     Raises:
-        ValueError: for what is no press of kvpress, and for presses that do more than to choose tokens by score; when applied,
-            for scores that the press cannot give at that moment.
+        ValueError: for what is no press of kvpress, and for presses that do more than to choose tokens; inside the block, for
+            scores that the press cannot give at that moment, and if its ``compress`` returns anything but tokens it was given.
     """
     kvpress = sys.modules.get("kvpress")
     if kvpress is None or not isinstance(press, kvpress.BasePress):
@@ -44,10 +47,10 @@ def from_kvpress(press: Any) -> BasePress:
     kind = type(press)
     if kind.__module__.startswith("kvpress.") and kind.__name__ in _COUNTERPARTS:
         return _COUNTERPARTS[kind.__name__](press)
-    reason = _REFUSED.get(kind.__name__) or _own_way(press, kvpress)
+    reason = _refused(kind, kvpress)
     if reason:
         raise ValueError(f"kvpress's {kind.__name__} cannot be used here: {reason}")
-    return KvpressPress(press)
+    return KvpressPress(press) if _chooses_by_score(kind, kvpress) else KvpressCompression(press)
 
 
 def build_kvpress(name: str, **options: Any) -> BasePress:
@@ -73,8 +76,45 @@ class KvpressPress(ScorerPress):
     """Keeps the tokens that a kvpress ``ScorerPress`` ranks highest; see ``from_kvpress``."""
 
     def __init__(self, press: Any, sharing: Budget | None = None) -> None:
-        super().__init__(KvpressScorer(press), press.compression_ratio, sharing=sharing)
+        super().__init__(
+            KvpressScorer(press, f"kvpress's {type(press).__name__}", is_peer=True), press.compression_ratio, sharing=sharing
+        )
         self.press = press
+
+    def _set_ratio(self, ratio: float) -> None:
+        super()._set_ratio(ratio)
+        self.press.compression_ratio = ratio
+
+    def __repr__(self) -> str:
+        return f"from_kvpress({self.press!r})"
+
+
+class KvpressCompression(BasePress):
+    """Keeps what the ``compress`` of a press of kvpress keeps; see ``from_kvpress``."""
+
+    def __init__(self, press: Any) -> None:
+        super().__init__()
+        self.press = press
+
+    def _get_ratio(self) -> float:
+        """The other press's ratio where it has one, else the share that was removed since the last reset of the statistics."""
+        found = getattr(self.press, "compression_ratio", None) if self._has_ratio else None
+        return float(self.get_stats()["compression_ratio"] if found is None else found)
+
+    def _set_ratio(self, ratio: float) -> None:
+        if not self._has_ratio:
+            raise ValueError(f"{self!r} has no ratio of its own to set")
+        self.press.compression_ratio = ratio
+
+    @property
+    def _has_ratio(self) -> bool:
+        found = getattr(type(self.press), "compression_ratio", None)
+        return "compression_ratio" in vars(self.press) or (isinstance(found, property) and hasattr(self.press, "press"))
+
+    def bind(self, model: Any) -> Sequence[Stage]:
+        self.press.post_init_from_model(model)
+        compress = TensorCompression(self.press, model, f"kvpress's {type(self.press).__name__}")
+        return [FreeStage(presses=(self,), compress=compress, smallest_row=self.min_kept)]
 
     def __repr__(self) -> str:
         return f"from_kvpress({self.press!r})"
@@ -84,13 +124,19 @@ def _is_scorer(found: Any, kvpress: Any) -> bool:
     return isinstance(found, type) and issubclass(found, kvpress.ScorerPress) and found is not kvpress.ScorerPress
 
 
-def _own_way(press: Any, kvpress: Any) -> str | None:
-    """Why a press is more than a scorer; None if it is one."""
-    if not isinstance(press, kvpress.ScorerPress):
-        return "it does not choose tokens by score"
-    for method in ("compress", "forward_hook", "__call__"):
-        if getattr(type(press), method) is not getattr(kvpress.ScorerPress, method):
-            return f"it overrides {method}, so that its scores alone do not say what it keeps"
+def _chooses_by_score(kind: Any, kvpress: Any) -> bool:
+    """Whether scores alone say what a press keeps."""
+    return issubclass(kind, kvpress.ScorerPress) and kind.compress is kvpress.ScorerPress.compress
+
+
+def _refused(kind: Any, kvpress: Any) -> str | None:
+    """Why a press is neither a scorer nor a compression that can be asked; None if it is."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("kvpress.") and base.__name__ in _REFUSED:
+            return _REFUSED[base.__name__]
+    for method in ("forward_hook", "__call__"):
+        if getattr(kind, method) is not getattr(kvpress.BasePress, method):
+            return f"it overrides {method}, which nothing calls here"
     return None
 
 
@@ -140,10 +186,8 @@ _COUNTERPARTS: dict[str, Callable[[Any], BasePress]] = {
 _REREADS = "it has the model read the context again under hooks of its own; use pikv.presses.KVzipPress"
 _MERGES = "it changes the keys or values of the tokens that stay"
 _REFUSED = {
-    "BlockPress": "it scores block after block, each with what was left of those before",
     "CAMPress": _MERGES,
     "CompressionRatioDecodingPress": "its target grows while decoding; use DecodingPress with a target_size",
-    "CriticalAdaKVPress": "it rescales scores by each head's share; use AdaKVPress(from_kvpress(CriticalKVPress(...)))",
     "DMSPress": "it evicts by a threshold, not by a number of tokens",
     "DuoAttentionPress": "it needs no scores; use pikv.presses.DuoAttentionPress",
     "EntropyGatedChunkKVPress": "its chunks change in length with the scores; use ChunkKVPress",
@@ -155,6 +199,5 @@ _REFUSED = {
     "LUKVPress": "it shares out among heads by quotas of its own",
     "MergingPress": _MERGES,
     "RestoreKVPress": _REREADS,
-    "SimLayerKVPress": "it decides layer by layer whether to evict, without scores",
     "ThinKPress": "it removes channels of keys, not tokens",
 }

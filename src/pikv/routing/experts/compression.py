@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pikv.core import BlockView, LayerView
 from pikv.routing.experts.base import RetentionExpert
+from pikv.scoring.returned import numbers_of_returned
 
 Compress = Callable[..., tuple[Tensor, Tensor]]
 """Takes keys and values ``[n, 1, L, D]`` and returns those of the tokens to keep, as they are."""
@@ -37,8 +38,11 @@ class CompressionExpert(RetentionExpert):
             if not block.length:
                 return torch.zeros(keys.shape[:2], device=keys.device)
             left, left_values = compress(keys.unsqueeze(1), values.unsqueeze(1))
-            rows = zip(keys, values, left[:, 0], left_values[:, 0], strict=True)
-            return torch.stack([_are_among(*row) for row in rows]).float()
+            try:
+                numbers = numbers_of_returned(keys, values, left[:, 0], left_values[:, 0])
+            except ValueError as error:
+                raise ValueError(f"a compression must return tokens that it was given, unchanged: {error}") from None
+            return torch.zeros(keys.shape[:2], device=keys.device).scatter_(1, numbers, 1.0)
 
         return view.by_block(kept)
 
@@ -48,19 +52,3 @@ class CompressionExpert(RetentionExpert):
         if self.otherwise is not None and bool((preference.bool() | ~view.kept.valid).all()):
             return self.otherwise.rank_scores(view)
         return preference
-
-
-def _are_among(keys: Tensor, values: Tensor, left: Tensor, left_values: Tensor) -> Tensor:
-    """Which tokens of ``[L, D]`` are left, ``[L]``."""
-    marks, marks_left = _marks(keys, values), _marks(left, left_values)
-    if not bool(torch.isin(marks_left, marks).all()):
-        raise ValueError("a compression must return tokens that it was given, unchanged: it only says which ones to keep")
-    return torch.isin(marks, marks_left)
-
-
-def _marks(keys: Tensor, values: Tensor) -> Tensor:
-    """A number for every token of ``[L, D]``, the same for the same bits: exact sums, which no order of adding changes."""
-    bits = torch.cat([keys, values], dim=1).double().contiguous().view(torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(1 << 62, (bits.shape[1],), generator=generator).to(bits.device) * 2 + 1
-    return ((bits ^ (bits >> 29)) * factors).sum(1)
