@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from pikv.hf.support import num_positions
 from pikv.hf.tokenizer import tokenizer_of
 from pikv.tasks.contexts import TokenizedSample, retrieval_samples
 from pikv.tasks.retrieval import RECORD_MARK
@@ -46,7 +47,7 @@ class CalibrationSamples:
 
 def default_num_tokens(model: Any) -> int:
     """The length of contexts to calibrate on: 1,024 tokens, or half of the model's positions, as the other half comes after."""
-    limit = _num_positions(model)
+    limit = num_positions(model)
     return DEFAULT_NUM_TOKENS if limit is None else min(DEFAULT_NUM_TOKENS, limit // 2)
 
 
@@ -70,7 +71,7 @@ def make_samples(
     Raises:
         ValueError: for too little text, tasks without answers, texts without a tokenizer, or contexts too long for the model.
     """
-    limit = _num_positions(model)
+    limit = num_positions(model)
     if num_tokens < SMALLEST_TEXT:
         raise ValueError(f"contexts of {num_tokens} tokens are too short to learn from; {SMALLEST_TEXT} is the least")
     if limit is not None and 2 * num_tokens > limit:
@@ -126,12 +127,6 @@ def sample_of(tokenizer: Any, task: TokenizedSample) -> CalibrationSample:
         counted += range(len(later) - 1, len(later) - 1 + len(answer))
         later += answer
     return CalibrationSample(context_ids=task.context_ids, later_ids=later, counted_queries=counted)
-
-
-def _num_positions(model: Any) -> int | None:
-    """The positions that a model knows, if it says so."""
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
 
 
 def _of_texts_and_tasks(

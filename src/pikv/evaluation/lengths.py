@@ -5,15 +5,10 @@ from typing import Any
 
 from pikv.evaluation.methods import Method
 from pikv.evaluation.trial import failures_explained
+from pikv.hf.support import num_positions
 
 QUESTION_TOKENS = 16
 """Positions that are left for a question."""
-
-
-def num_positions(model: Any) -> int | None:
-    """Positions that a model has; None where it names no limit."""
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
 
 
 def fitting_length(model: Any, wanted: int, num_new_tokens: int) -> int:

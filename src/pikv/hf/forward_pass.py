@@ -1,11 +1,15 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.cache.tokens import TokenMask
+
+MANY_WITH_GRADIENTS = 2048
+"""Columns; a pass with gradients over more of them is most likely one that nobody meant to train on."""
 
 
 class ForwardPass:
@@ -34,6 +38,7 @@ class ForwardPass:
         self.has_press = False
         self.is_padded_in_front = self._was_padded_in_front = True
         self._num_finished = 0
+        self._has_warned = False
 
     @property
     def is_first(self) -> bool:
@@ -80,6 +85,16 @@ class ForwardPass:
                 "PiKVCache needs the mask and attention functions that it registers: this model builds its masks in its own "
                 "way, was given a ready-made 4D mask, or its attention implementation was changed after the cache was made; a "
                 "cache from a pickle needs attach_to(model.config)"
+            )
+
+    def warn_of_gradients(self, keys: Tensor) -> None:
+        """Says, once a cache, that a long context is read with gradients on."""
+        if keys.requires_grad and self.num_new > MANY_WITH_GRADIENTS and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "a long context is read with gradients on, which keeps every layer's activations in memory: read it within "
+                "`with torch.no_grad():`, by pikv.prefill or by pikv.ask",
+                stacklevel=3,
             )
 
     def enter(self, layer: Any) -> None:

@@ -36,6 +36,12 @@ def sliding_window(config: Any) -> int:
     return window
 
 
+def num_positions(model: Any) -> int | None:
+    """Positions that a model has; None where it names no limit."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
 def _layer_kinds(config: Any) -> list[str]:
     """The kind of every layer, in the words of transformers."""
     kinds = getattr(config, "layer_types", None)
