@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pikv.generation.registration import register_when_imported
 from pikv.version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ _LAZY = {
     "prefill": "pikv.presses.prefill",
     "register_press": "pikv.presses.registry",
 }
+
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

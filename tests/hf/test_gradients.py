@@ -71,8 +71,7 @@ def test_a_long_context_with_gradients_on_is_warned_of_once(llama, monkeypatch):
     monkeypatch.setattr("pikv.hf.forward_pass.MANY_WITH_GRADIENTS", 20)
     cache = PiKVCache(llama.config)
     with pytest.warns(UserWarning, match="read with gradients on") as warned:
-        for _ in range(2):
-            llama(batch_of([21])[0], past_key_values=cache)
+        [llama(batch_of([21])[0], past_key_values=cache) for _ in range(2)]
     assert len(warned) == 1
 
 

@@ -62,7 +62,9 @@ def ask(
         raise ValueError("there is no question to answer")
     for question in asked:
         if not isinstance(question, str) or not question.strip():
-            raise ValueError("a question is empty" if isinstance(question, str) else f"a question must be a text, not {question!r}")
+            raise ValueError(
+                "a question is empty" if isinstance(question, str) else f"a question must be a text, not {question!r}"
+            )
     document = open_document(
         model,
         tokenizer,
@@ -79,7 +81,5 @@ def ask(
         enable_thinking=enable_thinking,
         answer_prefix=answer_prefix,
     )
-    details = [
-        document.ask(question, max_new_tokens=max_new_tokens, streamer=streamer, options=options) for question in asked
-    ]
+    details = [document.ask(question, max_new_tokens=max_new_tokens, streamer=streamer, options=options) for question in asked]
     return Answers(details=details, cache=document.cache, stats=document.stats)

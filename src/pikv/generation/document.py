@@ -1,5 +1,6 @@
 """A context that was read once, and is asked as often as one likes."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def open_document(
     if context is not None and (not isinstance(context, str) or not context.strip()):
         raise ValueError("the context is empty" if isinstance(context, str) else f"the context must be a text, not {context!r}")
     prompt = write_prompt(tokenizer, context or "", has_questions=can_be_asked, **template)
-    ids = None if context is None else prompt.context_ids(tokenizer)[:max_context_tokens]
+    ids = None if context is None else _cut(prompt.context_ids(tokenizer), max_context_tokens)
     continued = prompt.question_ids(tokenizer, "") if prompt.after else []
     if not can_be_asked and not continued and ids:
         ids, continued = ids[:-1], ids[-1:]  # a model continues from a token that the cache does not hold yet
@@ -137,6 +138,12 @@ def check_positions(model: Any, num_context: int, num_question: int, max_new_tok
         f"a context of {num_context:,} tokens, a question of {num_question:,} and {max_new_tokens:,} new tokens exceed "
         f"the {limit:,} positions of the model"
     )
+
+
+def _cut(ids: list[int], max_tokens: int | None) -> list[int]:
+    if max_tokens is not None and len(ids) > max_tokens:
+        warnings.warn(f"the context was cut off: of {len(ids):,} tokens {max_tokens:,} are read", stacklevel=2)
+    return ids[:max_tokens]
 
 
 def _was_read(cache: Any, model: Any, press: BasePress) -> bool:

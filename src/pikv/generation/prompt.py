@@ -90,7 +90,9 @@ def _apply_template(tokenizer: Any, context: str, system: str | None, enable_thi
         )
     except Exception as error:  # templates are programs of others
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"the chat template of this tokenizer cannot be used ({reason[0]}); try chat_template=False") from error
+        raise ValueError(
+            f"the chat template of this tokenizer cannot be used ({reason[0]}); try chat_template=False"
+        ) from error
     before, *rest = written.split(question)
     if len(rest) != 1:
         raise ValueError("the chat template of this tokenizer does not show the user's message once; try chat_template=False")

@@ -50,8 +50,9 @@ class ContextStats:
 
     def __str__(self) -> str:
         read = f"read in {self.read_seconds:.2f} s" if self.read_seconds else "read before"
+        saved = f"{self.compression_ratio:.0%}" if self.compression_ratio > 0 else "nothing"  # room to grow counts, too
         return (
-            f"{self.nbytes:,} of {self.dense_nbytes:,} bytes ({self.compression_ratio:.0%} saved), "
+            f"{self.nbytes:,} of {self.dense_nbytes:,} bytes ({saved} saved), "
             f"{self.kept_tokens:,.0f} of {self.num_tokens:,} tokens kept per KV head, {read}"
         )
 

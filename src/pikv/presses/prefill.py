@@ -46,9 +46,7 @@ def prefill(
         raise ValueError(f"this cache carries a press of its own, {cache.press!r}; leave the other one out")
     _check_mask(attention_mask, input_ids, cache)
     with (press or NoCompressionPress())(model):
-        return read_in_chunks(
-            model, input_ids, cache, chunk_size=chunk_size, attention_mask=attention_mask, progress=progress
-        )
+        return read_in_chunks(model, input_ids, cache, chunk_size=chunk_size, attention_mask=attention_mask, progress=progress)
 
 
 def read_in_chunks(
