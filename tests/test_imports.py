@@ -25,6 +25,7 @@ FOLDERS = [
     "routing",
     "calibration",
     "presses",
+    "generation",
     "models",
     "evaluation",
     "cli",

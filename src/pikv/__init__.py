@@ -3,23 +3,29 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pikv.generation.registration import register_when_imported
 from pikv.version import __version__
 
 if TYPE_CHECKING:
+    from pikv.generation.ask import ask
     from pikv.hf.cache import PiKVCache
     from pikv.presses.prefill import prefill
     from pikv.presses.registry import list_presses, register_press
     from pikv.presses.spec import get_press
 
-__all__ = ["PiKVCache", "__version__", "get_press", "list_presses", "prefill", "register_press"]
+__all__ = ["PiKVCache", "__version__", "ask", "get_press", "list_presses", "prefill", "register_press"]
 
 _LAZY = {
     "PiKVCache": "pikv.hf.cache",
+    "ask": "pikv.generation.ask",
     "get_press": "pikv.presses.spec",
     "list_presses": "pikv.presses.registry",
     "prefill": "pikv.presses.prefill",
     "register_press": "pikv.presses.registry",
 }
+
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv import PiKVCache
+from pikv import PiKVCache, prefill
 from pikv.presses import KnormPress
 from tiny import batch_of, build
 
@@ -65,3 +65,21 @@ def test_without_gradients_nothing_is_different(llama):
             outputs.append([llama(turn, past_key_values=cache).logits.detach() for turn in turns][1])
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
+
+
+def test_a_long_context_with_gradients_on_is_warned_of_once(llama, monkeypatch):
+    monkeypatch.setattr("pikv.hf.forward_pass.MANY_WITH_GRADIENTS", 20)
+    cache = PiKVCache(llama.config)
+    with pytest.warns(UserWarning, match="read with gradients on") as warned:
+        [llama(batch_of([21])[0], past_key_values=cache) for _ in range(2)]
+    assert len(warned) == 1
+
+
+def test_no_other_context_is_warned_of(llama, monkeypatch, recwarn):
+    monkeypatch.setattr("pikv.hf.forward_pass.MANY_WITH_GRADIENTS", 20)
+    llama(batch_of([20])[0], past_key_values=PiKVCache(llama.config))
+    with torch.no_grad():
+        llama(batch_of([21])[0], past_key_values=PiKVCache(llama.config))
+    prefill(llama, batch_of([21])[0], PiKVCache(llama.config))
+    llama.requires_grad_(False)(batch_of([21])[0], past_key_values=PiKVCache(llama.config))
+    assert not recwarn.list

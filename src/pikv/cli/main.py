@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 
 from pikv import __version__
+from pikv.cli.ask import ask_command
 from pikv.cli.calibrate import calibrate_command
 from pikv.cli.compare import compare_command
 from pikv.cli.experiment import experiment_command
+from pikv.cli.generate import generate_command
 from pikv.cli.methods import methods_command
 from pikv.cli.notes import show_warning
 
@@ -24,9 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A smaller, faster key-value cache for Hugging Face models, with measured quality.",
 )
+app.command("ask")(ask_command)
 app.command("calibrate")(calibrate_command)
 app.command("compare")(compare_command)
 app.command("experiment")(experiment_command)
+app.command("generate")(generate_command)
 app.command("methods")(methods_command)
 
 

@@ -1,8 +1,26 @@
 """What options of several commands share."""
 
+import os
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+ModelOption = Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")]
+PressOption = Annotated[
+    str, typer.Option(metavar="SPEC", help="What compresses the cache, such as snapkv:0.75; see pikv methods.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
+NewTokensOption = Annotated[int, typer.Option(help="Tokens to answer with, at most.")]
+ChunkOption = Annotated[
+    int | None, typer.Option(help="Tokens to read at a time, each chunk compressed before the next. (default: all at once)")
+]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="Draws tokens; 0 takes the most probable ones.")]
+SystemOption = Annotated[str | None, typer.Option(help="The system's message, for models with a chat template.")]
+ChatOption = Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")]
 
 
 def folder(text: str | Path) -> Path:
@@ -10,3 +28,24 @@ def folder(text: str | Path) -> Path:
     if not str(text).strip():
         raise typer.BadParameter("the name of the folder is empty")
     return Path(text)
+
+
+def read_text(name: str) -> str:
+    """A text file's text, or, for ``-``, that of standard input.
+
+    Raises:
+        ValueError: if it cannot be read, or is empty.
+    """
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {name}: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{'standard input' if name == '-' else name} holds no text")
+    return text
+
+
+def hide_bars(model: str) -> None:
+    """Bars are for downloads; reading a folder takes no time. To be called before transformers is imported."""
+    if model == "demo" or Path(model).exists():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pikv.evaluation.methods import Method
-from pikv.evaluation.reading import agreement, continue_greedily, forward, kept_shares, read
+from pikv.evaluation.reading import agreement, continue_greedily, forward, kept_shares
 from pikv.evaluation.results import Answer, Quality
 from pikv.evaluation.tasks.base import Task
+from pikv.generation.reading import read
 from pikv.hf.cache import PiKVCache
 from pikv.registry import shortened
 from pikv.tasks.contexts import TokenizedQuestion, TokenizedSample

@@ -1,46 +1,12 @@
-"""Reading a context under a press, and answering from the cache that it leaves."""
+"""What a cache that was read answers, and what it holds, as measurements ask for it."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.hf.cache import PiKVCache
-from pikv.presses.base import BasePress
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A context that was read.
-
-    Attributes:
-        cache: what the press left
-        logits: of the next token, ``[B, V]``
-        next_tokens: the most probable ones, ``[B, 1]``
-        seconds: of reading, compressing and choosing these tokens, without what a press finds out about a model beforehand
-    """
-
-    cache: PiKVCache
-    logits: Tensor
-    next_tokens: Tensor
-    seconds: float
-
-
-def read(model: Any, token_ids: Sequence[int] | Tensor, press: BasePress) -> Reading:
-    """Reads texts, one or ``[B, T]``, under a press."""
-    cache = PiKVCache(model.config)
-    inputs = torch.as_tensor(token_ids, device=model.device)
-    with press(model):
-        synchronize(model.device)
-        started = time.perf_counter()
-        logits = forward(model, inputs, cache)[:, -1]
-        next_tokens = logits.argmax(-1, keepdim=True)
-        synchronize(model.device)
-        seconds = time.perf_counter() - started
-    return Reading(cache=cache, logits=logits, next_tokens=next_tokens, seconds=seconds)
 
 
 @torch.inference_mode()
@@ -79,9 +45,3 @@ def kept_shares(cache: PiKVCache) -> Tensor:
         seen = torch.tensor(cache.rows(layer).seen).unsqueeze(1)
         shares.append((cache.lengths(layer) / seen).mean(0))
     return torch.stack(shares)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done what it was given, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

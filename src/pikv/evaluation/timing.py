@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pikv.evaluation.memory import Peak, measure_peak
 from pikv.evaluation.methods import FULL_CACHE, Method, parts_of
-from pikv.evaluation.reading import forward, kept_shares, read, synchronize
+from pikv.evaluation.reading import forward, kept_shares
 from pikv.evaluation.results import Measurement
+from pikv.generation.reading import read, synchronize
 from pikv.hf.cache import PiKVCache
 from pikv.presses.base import BasePress
 

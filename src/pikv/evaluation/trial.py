@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pikv.evaluation.methods import Method
-from pikv.evaluation.reading import forward, read
+from pikv.evaluation.reading import forward
+from pikv.generation.reading import read
 from pikv.presses.own_file import FILE_SEPARATOR, MODULE_PREFIX
 
 _NUM_TOKENS, _NUM_STEPS = 64, 2

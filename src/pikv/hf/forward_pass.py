@@ -1,6 +1,7 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
 from collections import deque
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ _FOREIGN_MASK = (
     "a ready-made 4D mask, or its attention implementation was changed after the cache was made; a cache from a pickle needs "
     "attach_to(model.config)"
 )
+
+MANY_WITH_GRADIENTS = 2048
+"""Columns; a pass with gradients over more of them is most likely one that nobody meant to train on."""
 
 
 class ForwardPass:
@@ -43,6 +47,7 @@ class ForwardPass:
         self.has_press = False
         self.is_padded_in_front = self._was_padded_in_front = True
         self._num_finished = 0
+        self._has_warned = False
 
     @property
     def is_first(self) -> bool:
@@ -101,6 +106,16 @@ class ForwardPass:
             return
         self.cancel()
         raise RuntimeError(_FOREIGN_MASK)
+
+    def warn_of_gradients(self, keys: Tensor) -> None:
+        """Says, once a cache, that a long context is read with gradients on."""
+        if keys.requires_grad and self.num_new > MANY_WITH_GRADIENTS and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "a long context is read with gradients on, which keeps every layer's activations in memory: read it within "
+                "`with torch.no_grad():`, by pikv.prefill or by pikv.ask",
+                stacklevel=3,
+            )
 
     def enter(self, layer: Any) -> None:
         """Notes where a layer stands that is about to store its tokens."""

@@ -117,6 +117,7 @@ class PiKVLayer(HFLayer):
         except ValueError:
             self.forward_pass.cancel()
             raise
+        self.forward_pass.warn_of_gradients(key_states)
         self.forward_pass.enter(self)  # from here on, there is something to be undone
         self._last_serial = self.forward_pass.serial
         if self.rows is None:

@@ -1,5 +1,6 @@
 """The tokenizer that belongs to a model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -12,3 +13,9 @@ def tokenizer_of(model: Any) -> Any:
     except (OSError, ValueError):
         return None
     return tokenizer if tokenizer.is_fast else None  # only these know which characters a token stands for
+
+
+def num_unknown(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many of the tokens stand for text that the tokenizer does not know; 0 where it knows all text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return 0 if unknown is None else sum(token == unknown for token in ids)

@@ -45,14 +45,27 @@ def prefill(
     if press is not None and cache.press is not None and cache.press is not press:
         raise ValueError(f"this cache carries a press of its own, {cache.press!r}; leave the other one out")
     _check_mask(attention_mask, input_ids, cache)
-    read = _reader(model, input_ids, cache, attention_mask)
     with (press or NoCompressionPress())(model):
-        start = 0
-        for size in chunk_sizes(input_ids.shape[1], chunk_size):
-            logits = read(start, start + size)
-            start += size
-            if progress:
-                progress(size)
+        return read_in_chunks(model, input_ids, cache, chunk_size=chunk_size, attention_mask=attention_mask, progress=progress)
+
+
+def read_in_chunks(
+    model: Any,
+    input_ids: Tensor,
+    cache: PiKVCache,
+    *,
+    chunk_size: int,
+    attention_mask: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Reads as ``prefill`` does, unchecked and under whatever press is at work, with gradients where they are on."""
+    read = _reader(model, input_ids, cache, attention_mask)
+    start = 0
+    for size in chunk_sizes(input_ids.shape[1], chunk_size):
+        logits = read(start, start + size)
+        start += size
+        if progress:
+            progress(size)
     return logits
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from pikv.checks import check_ratio
 from pikv.presses.base import BasePress
 from pikv.presses.composed import ComposedPress
-from pikv.presses.kvpress.convert import build_kvpress
+from pikv.presses.kvpress.convert import build_kvpress, from_kvpress
+from pikv.presses.none import NoCompressionPress
 from pikv.presses.own_file import FILE_SEPARATOR, entry_in_file, router_entry
 from pikv.presses.registry import PRESSES, PressEntry
 from pikv.registry import UnknownNameError, shortened
@@ -57,6 +58,19 @@ def get_press(spec: str, **options: Any) -> BasePress:
             raise _not_a_file(name, class_name)
         options["compression_ratio"] = parse_ratio(ratio, spec)
     return _build(name, inner, options)
+
+
+def as_press(press: Any) -> BasePress:
+    """The press that is meant: a press, one of kvpress, a specification, or None for no compression.
+
+    Raises:
+        ValueError: for anything else, and whatever ``get_press`` and ``from_kvpress`` refuse.
+    """
+    if press is None:
+        return NoCompressionPress()
+    if isinstance(press, str):
+        return get_press(press)
+    return press if isinstance(press, BasePress) else from_kvpress(press)
 
 
 def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:

@@ -1,0 +1,147 @@
+"""``pikv ask``: questions about a file, answered from its compressed cache."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pikv.cli.options import (
+    ChatOption,
+    ChunkOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    NewTokensOption,
+    PressOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    hide_bars,
+    read_text,
+)
+from pikv.cli.progress import busy
+
+if TYPE_CHECKING:
+    from pikv.generation.document import Document
+
+
+def ask_command(
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A text file; - for standard input; none for --cache.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; on a terminal, without any, you are asked for them.")
+    ] = None,
+    questions_file: Annotated[str | None, typer.Option(metavar="PATH", help="A file with a question a line.")] = None,
+    press: PressOption = "none",
+    model: ModelOption = "demo",
+    max_new_tokens: NewTokensOption = 64,
+    save: Annotated[Path | None, typer.Option(help="Write the compressed cache here, to ask it tomorrow.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Ask what --save wrote, instead of reading a file.")] = None,
+    chunk_size: ChunkOption = None,
+    chat_template: ChatOption = True,
+    system: SystemOption = None,
+    temperature: TemperatureOption = 0.0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+) -> None:
+    """Ask questions about a text that is read once, from its compressed cache.
+
+    Answers go to standard output as they come, one after the other; what the cache holds, and the time, to standard error.
+
+    Examples:
+
+      pikv ask report.txt --question "Who signed?" --question "When?" --press duo:0.5 --model Qwen/Qwen3-0.6B
+
+      pikv ask report.txt --press keydiff:0.5 --save report.cache --model Qwen/Qwen3-0.6B
+
+      pikv ask --cache report.cache --question "Who signed?" --model Qwen/Qwen3-0.6B
+
+      cat report.txt | pikv ask - --questions-file questions.txt --chunk-size 1024
+    """
+    questions = _questions(question, questions_file)
+    if file is None and cache is None:
+        raise ValueError("name a text file to ask, or a cache with --cache")
+    if not questions and (file == "-" or not sys.stdin.isatty()):
+        raise ValueError("there is no question: give --question or --questions-file; on a terminal you are asked for them")
+    if save is not None and (save.is_dir() or not save.parent.is_dir()):
+        raise ValueError(f"cannot write {save}: {'it is' if save.is_dir() else f'{save.parent} is not'} a folder")
+    text = None if file is None else read_text(file)
+    hide_bars(model)
+    from transformers import TextStreamer, set_seed
+
+    from pikv.generation.document import open_document
+    from pikv.hf.cache import PiKVCache
+    from pikv.models.loading import load_model
+    from pikv.presses.spec import as_press
+
+    chosen = as_press(press)
+    set_seed(seed)
+    options = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with busy(f"reading model {model}"):
+        loaded, tokenizer = load_model(model, device, dtype)
+    with busy(f"reading {cache if file is None else 'standard input' if file == '-' else file}"):
+        document = open_document(
+            loaded,
+            tokenizer,
+            text,
+            chosen,
+            questions=questions,
+            cache=None if cache is None else PiKVCache.load(cache, loaded.config, loaded.device),
+            chunk_size=chunk_size,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            chat_template=None if chat_template else False,
+            system=system,
+        )
+    if save is not None:
+        document.cache.save(save)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    seconds = 0.0
+    for asked in questions or _typed():
+        if len(questions) > 1:
+            print(f"> {asked}")
+        try:
+            seconds += document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options).seconds
+        except (KeyboardInterrupt, ValueError) as error:
+            if questions:
+                raise
+            streamer.end()
+            print(f"({str(error) or 'interrupted'})")
+    say_what_was_kept(document, seconds)
+
+
+def say_what_was_kept(document: "Document", seconds: float) -> None:
+    """The last line of a command that answers."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(f"{document.stats}, answered in {seconds:.2f} s", style="dim")
+
+
+def _questions(given: list[str] | None, file: str | None) -> list[str]:
+    """The questions of the command line, then those of a file."""
+    questions = list(given or ())
+    if file is not None:
+        questions += [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if any(not question.strip() for question in questions):
+        raise ValueError("a question is empty")
+    return questions
+
+
+def _typed() -> Iterator[str]:
+    """Questions as they are typed, up to an empty line."""
+    import readline  # noqa: F401 -- lines can be edited and called back
+
+    print("Ask, or press Enter to end.")
+    while True:
+        try:
+            question = input("? ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        yield question

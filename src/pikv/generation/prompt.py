@@ -1,0 +1,119 @@
+"""Prompts in two parts: what is read once, context included, and what follows with each question."""
+
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pikv.hf.tokenizer import num_unknown
+
+_BETWEEN = "\n\n"  # context and question
+_AFTER_QUESTION = "\n"  # where no chat template says what
+_MANY_UNKNOWN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptText:
+    """A prompt around a question.
+
+    Attributes:
+        before: what is read once; empty where a cache holds it already
+        after: what follows each question, up to where the answer begins
+        is_chat: whether a chat template wrote both, special tokens included
+    """
+
+    before: str
+    after: str
+    is_chat: bool
+
+    def context_ids(self, tokenizer: Any) -> list[int]:
+        """The tokens of ``before``."""
+        ids: list[int] = tokenizer(self.before, add_special_tokens=not self.is_chat)["input_ids"]
+        eos = getattr(tokenizer, "eos_token", None)
+        # Some tokenizers close every text, and this one goes on.
+        while eos and ids and ids[-1] == tokenizer.eos_token_id and not self.before.endswith(eos):
+            ids = ids[:-1]
+        return ids
+
+    def question_ids(self, tokenizer: Any, question: str) -> list[int]:
+        """The tokens of a question and of what follows it."""
+        return _continuation(tokenizer, question + self.after)
+
+
+def write_prompt(
+    tokenizer: Any,
+    context: str,
+    *,
+    has_questions: bool = True,
+    chat_template: bool | None = None,
+    system: str | None = None,
+    enable_thinking: bool = False,
+    answer_prefix: str = "",
+) -> PromptText:
+    """Writes context and question into one turn of a user, as the tokenizer's chat template has it.
+
+    Args:
+        has_questions: whether a question follows the context; else the context is all of the turn
+        chat_template: False leaves the template out; None uses it where there is one
+        system: the system's message
+        enable_thinking: what the template is told about thinking before the answer
+        answer_prefix: what the answer begins with
+
+    Raises:
+        ValueError: if a template is asked for and there is none, or it cannot show these messages.
+    """
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ValueError(f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template and not has_template:
+        raise ValueError("this tokenizer has no chat template; leave chat_template out")
+    if chat_template is False or not has_template:
+        if system is not None:
+            raise ValueError("a system message needs a tokenizer with a chat template, and chat_template not False")
+        if not has_questions:
+            return PromptText(before=context, after=answer_prefix, is_chat=False)
+        return PromptText(before=context + _BETWEEN, after=_AFTER_QUESTION + answer_prefix, is_chat=False)
+    before, after = _apply_template(tokenizer, context + (_BETWEEN if has_questions else ""), system, enable_thinking)
+    return PromptText(before=before, after=after + answer_prefix, is_chat=True)
+
+
+def _apply_template(tokenizer: Any, context: str, system: str | None, enable_thinking: bool) -> tuple[str, str]:
+    """What a template writes up to the end of the context, and from the end of the question on."""
+    question = f"question-{secrets.token_hex(16)}"  # stands in for every question
+    messages = [{"role": "user", "content": context + question}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        written = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+    except Exception as error:  # templates are programs of others
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"the chat template of this tokenizer cannot be used ({reason[0]}); try chat_template=False"
+        ) from error
+    before, *rest = written.split(question)
+    if len(rest) != 1:
+        raise ValueError("the chat template of this tokenizer does not show the user's message once; try chat_template=False")
+    return before, rest[0]
+
+
+def _continuation(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of text that follows a line break; some tokenizers put a space before what begins a text."""
+    line_break: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    joined: list[int] = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if joined[: len(line_break)] == line_break:
+        return joined[len(line_break) :]
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return alone
+
+
+def warn_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
+    """Warns where more than a tenth of the tokens are none that the tokenizer knows."""
+    unknown = num_unknown(tokenizer, ids)
+    if unknown > _MANY_UNKNOWN * len(ids):
+        warnings.warn(
+            f"the tokenizer does not know {unknown} of the {len(ids)} tokens of the {what}: the model cannot tell them apart",
+            stacklevel=2,
+        )

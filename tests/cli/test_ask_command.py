@@ -1,0 +1,103 @@
+"""``pikv ask`` and ``pikv generate``, run within this process; how they end is in ``test_cli.py`` for all commands."""
+
+import io
+import random
+import sys
+import warnings
+
+import pytest
+
+from pikv.cli.main import main
+from pikv.tasks.retrieval import make_retrieval
+
+SAMPLE = make_retrieval(random.Random(0), num_words=120, num_records=5)
+FIRST, SECOND = SAMPLE.questions[:2]
+
+
+@pytest.fixture
+def pikv(tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder with a text; returns what it printed, and said of itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    (tmp_path / "text").write_text(SAMPLE.context)
+    (tmp_path / "questions").write_text(f"{FIRST.prompt}\n\n{SECOND.prompt}\n")
+
+    def run(*arguments, typed=None):
+        monkeypatch.setattr(sys, "argv", ["pikv", *arguments, "--max-new-tokens", "3"])
+        if typed is not None:
+            monkeypatch.setattr(sys, "stdin", typed)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        printed = capsys.readouterr()
+        return printed.out, printed.err.splitlines()[-1]
+
+    return run
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_file_is_asked_today_and_its_cache_tomorrow(pikv):
+    out, said = pikv("ask", "text", "--questions-file", "questions", "--press", "duo:0.5", "--save", "cache")
+    assert out.split("\n") == [f"> {FIRST.prompt}", FIRST.answer, f"> {SECOND.prompt}", SECOND.answer, ""]
+    assert "% saved" in said and "of 121 tokens kept per KV head, read in" in said and "answered in" in said
+    out, said = pikv("ask", "--cache", "cache", "--question", SECOND.prompt)
+    assert out == f"{SECOND.answer}\n"
+    assert "read before" in said
+
+
+def test_text_from_standard_input(pikv):
+    out, _ = pikv("ask", "-", "--question", FIRST.prompt, "--chunk-size", "50", typed=io.StringIO(SAMPLE.context))
+    assert out == f"{FIRST.answer}\n"
+
+
+def test_on_a_terminal_questions_are_typed(pikv):
+    too_long = "red " * 32768
+    out, said = pikv("ask", "text", typed=Terminal(f"{FIRST.prompt}\n{too_long}\n{SECOND.prompt}\n\n"))
+    assert [line.removeprefix("? ") for line in out.splitlines() if "red" not in line][:2] == [
+        "Ask, or press Enter to end.",
+        FIRST.answer,
+    ]
+    assert "exceed the 32,768 positions" in out
+    assert SECOND.answer in out
+    assert "answered in" in said
+
+
+def test_generate_continues_a_prompt(pikv):
+    prompt = f"{SAMPLE.context} {FIRST.prompt}"
+    out, said = pikv("generate", prompt)
+    assert out == f"{FIRST.answer}\n"
+    assert "nothing saved" in said
+    out, said = pikv("generate", "--file", "-", "--press", "streaming:0.5", "--temperature", "0.5", typed=io.StringIO(prompt))
+    assert len(out.split()) == 3
+    assert "% saved" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask"], "name a text file to ask, or a cache"),
+        (["ask", "text"], "there is no question"),
+        (["ask", "text", "--question", ""], "a question is empty"),
+        (["ask", "nowhere", "--question", "a"], "cannot read nowhere"),
+        (["ask", "empty", "--question", "a"], "empty holds no text"),
+        (["ask", "text", "--questions-file", "empty"], "empty holds no text"),
+        (["ask", "text", "--question", "a", "--press", "snapvk:0.5"], "did you mean 'snapkv'?"),
+        (["ask", "text", "--question", "a", "--save", "nowhere/cache"], "cannot write nowhere/cache"),
+        (["ask", "--question", "a", "--cache", "text"], "cannot read text"),
+        (["ask", "text", "--question", "a", "--max-new-tokens", "40000"], "exceed the 32,768 positions"),
+        (["ask", "text", "--question", "a", "--chunk-size", "1"], "chunk_size must be"),
+        (["generate"], "give a prompt, or a file"),
+        (["generate", "a", "--file", "text"], "not both"),
+        (["generate", " "], "the prompt is empty"),
+        (["generate", "a", "--temperature", "-1"], "--temperature"),
+    ],
+)
+def test_bad_input_is_one_line(refused, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    (tmp_path / "text").write_text(SAMPLE.context)
+    (tmp_path / "empty").write_text("\n")
+    assert message in refused(*arguments)
