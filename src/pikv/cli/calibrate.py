@@ -8,12 +8,11 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from pikv.cli.options import folder
 from pikv.cli.progress import progress_bars
+from pikv.cli.results import print_line, print_table
 
 if TYPE_CHECKING:
     from pikv.calibration.files import Calibration
@@ -161,14 +160,8 @@ def _read(path: Path) -> str:
 def _print(calibration: "Calibration") -> None:
     """What training measured on contexts that it did not learn from."""
     found = calibration.report["kept_share"]
-    title = "Share of later attention that falls on kept tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
-    table.add_column("router")
-    for ratio in next(iter(found.values())):
-        table.add_column(f"{ratio} removed", justify="right")
     names = {"best": "best possible choice (upper bound)", "even": "uncalibrated, same head budgets"}
-    for name, shares in found.items():
-        table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
-    console = Console(emoji=False)
-    console.print(table)
-    console.print(calibration.report["heads"]["message"] + ".", highlight=False, markup=False)
+    header = ["router", *(f"{ratio} removed" for ratio in next(iter(found.values())))]
+    rows = [[names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values())] for name, shares in found.items()]
+    print_table("Share of later attention that falls on kept tokens", header, rows)
+    print_line(calibration.report["heads"]["message"] + ".")

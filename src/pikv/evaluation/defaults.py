@@ -5,3 +5,6 @@ DEFAULT_TASK = "retrieval"
 CONTEXT_LENGTH = 1024
 LONG_CONTEXT_LENGTH = 16_384
 """Lengths that are taken where the model has positions for them; fewer otherwise."""
+NUM_CONTEXTS, REPEATS = 4, 2
+THOROUGH_NUM_CONTEXTS, THOROUGH_REPEATS = 8, 3
+"""How much `pikv compare` measures, in less than two minutes on two cores, and with --thorough."""
