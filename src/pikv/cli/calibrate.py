@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from pikv.cli.options import folder
-from pikv.cli.progress import progress_bars
+from pikv.cli.progress import busy, load_libraries, progress_bars
 from pikv.cli.results import print_line, print_table
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def calibrate_command(
     steps: Annotated[int, typer.Option(help="Contexts to learn from, one a step.")] = 300,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
     out: Annotated[
         Path,
@@ -65,7 +68,8 @@ def calibrate_command(
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from pikv.calibration.calibrate import calibrate
+    load_libraries()
+    from pikv.calibration.calibrate import calibrate, training_settings
     from pikv.calibration.checkpoint import Checkpoint
     from pikv.calibration.files import FILE_NAME
     from pikv.models.loading import load_model
@@ -83,9 +87,19 @@ def calibrate_command(
         raise ValueError(f"calibration needs at least 1 step, not {steps}")
     if path.exists():
         raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
-    loaded, tokenizer = load_model(model, device, dtype)
+    training_settings(
+        kinds=kinds,
+        num_experts=num_experts,
+        top_k=top_k,
+        capacity_factor=capacity_factor,
+        dropout=dropout,
+        aux_loss_weight=aux_loss_weight,
+        **({} if context_length is None else {"num_tokens": context_length}),
+    )
     checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
     with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
+        with busy(f"reading model {model}"):
+            loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
         calibration = calibrate(
             loaded,
             sources,

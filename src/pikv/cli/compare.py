@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pikv.cli import notes
 from pikv.cli.options import folder
-from pikv.cli.progress import busy, progress_bars, roughly
+from pikv.cli.progress import busy, load_libraries, progress_bars, roughly
 from pikv.cli.results import publish
 from pikv.evaluation.defaults import (
     DEFAULT_METHODS,
@@ -105,14 +105,14 @@ def compare_command(
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads; reading a folder takes no time
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with busy("loading torch and transformers"):
-        from pikv.evaluation.compare import CompareConfig, compare, prepare
-        from pikv.evaluation.costs import total_seconds, try_costs
-        from pikv.evaluation.notes import notes_before
-        from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
-        from pikv.evaluation.report.folder import choose_folder
-        from pikv.evaluation.summary import summary_frame
-        from pikv.models.loading import load_model
+    load_libraries()
+    from pikv.evaluation.compare import CompareConfig, compare, prepare
+    from pikv.evaluation.costs import total_seconds, try_costs
+    from pikv.evaluation.notes import notes_before
+    from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
+    from pikv.evaluation.report.folder import choose_folder
+    from pikv.evaluation.summary import summary_frame
+    from pikv.models.loading import load_model
 
     config = CompareConfig(
         model=model,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -50,6 +51,12 @@ def busy(message: str) -> AbstractContextManager[object]:
     """A moving sign beside a message on a terminal, until the block ends; nothing elsewhere."""
     console = Console(stderr=True, emoji=False)
     return console.status(Text(message)) if console.is_terminal else nullcontext()
+
+
+def load_libraries() -> None:
+    """Imports what every measurement needs, which takes seconds, under a sign that something happens."""
+    with busy("loading torch and transformers"):
+        import_module("pikv.hf.cache")
 
 
 def roughly(seconds: float) -> str:
