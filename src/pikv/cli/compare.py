@@ -47,7 +47,7 @@ def compare_command(
     ] = None,
     long_context_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of the longest context for time and memory. (default: 16384, or what fits the model)"),
+        typer.Option(help="Tokens of the longest context for time and memory. (default: 8192, thorough 16384, or what fits)"),
     ] = None,
     context: Annotated[Path | None, typer.Option(help="A text file to use instead of the task's contexts.")] = None,
     question: Annotated[
@@ -62,7 +62,7 @@ def compare_command(
     ] = False,
     calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Twice the contexts and one more timing of everything: about twice as long.")
+        bool, typer.Option("--thorough", help="Twice the contexts and the longest length, and one more timing of everything.")
     ] = False,
     num_contexts: Annotated[
         int | None, typer.Option(help=f"Contexts for quality. (default: {NUM_CONTEXTS}, thorough {THOROUGH_NUM_CONTEXTS})")
@@ -126,6 +126,7 @@ def compare_command(
         num_questions=num_questions,
         num_new_tokens=num_new_tokens,
         repeats=_default(repeats, THOROUGH_REPEATS if thorough else REPEATS),
+        thorough=thorough,
         question_aware=question_aware,
         context=context,
         questions=tuple(question or ()),

@@ -13,7 +13,14 @@ from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.config import EvaluationConfig
 from pikv.evaluation.costs import Costs
-from pikv.evaluation.defaults import CONTEXT_LENGTH, DEFAULT_METHODS, LONG_CONTEXT_LENGTH, NUM_CONTEXTS, REPEATS
+from pikv.evaluation.defaults import (
+    CONTEXT_LENGTH,
+    DEFAULT_METHODS,
+    LONG_CONTEXT_LENGTH,
+    NUM_CONTEXTS,
+    REPEATS,
+    THOROUGH_LONG_CONTEXT_LENGTH,
+)
 from pikv.evaluation.environment import environment
 from pikv.evaluation.lengths import check_lengths, fitting_length, num_positions
 from pikv.evaluation.methods import Method, parse_methods
@@ -38,6 +45,7 @@ class CompareConfig(EvaluationConfig):
         context_length: tokens of the contexts that quality is measured on
         long_context_length: tokens of the longest context for time and memory, which are also measured at
             ``context_length`` and the geometric mean; of both, None takes the default, or what the model has positions for
+        thorough: whether the default of the longest context is twice as long
         num_new_tokens: tokens to generate for every timing
         repeats: timings of every method and length
         question_aware: compress with the question in view, not before it is seen
@@ -52,6 +60,7 @@ class CompareConfig(EvaluationConfig):
     num_experts: int | None = None
     context_length: int | None = None
     long_context_length: int | None = None
+    thorough: bool = False
     num_new_tokens: int = 32
     num_contexts: int = NUM_CONTEXTS
     repeats: int = REPEATS
@@ -191,7 +200,7 @@ def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) 
         fitting_length(model, default, config.num_new_tokens) if asked is None else asked
         for asked, default in (
             (config.context_length, CONTEXT_LENGTH),
-            (config.long_context_length, LONG_CONTEXT_LENGTH),
+            (config.long_context_length, THOROUGH_LONG_CONTEXT_LENGTH if config.thorough else LONG_CONTEXT_LENGTH),
         )
     )
     check_lengths(model, methods, [short, long], config.num_new_tokens)
