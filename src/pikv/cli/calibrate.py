@@ -72,6 +72,7 @@ def calibrate_command(
     from pikv.calibration.calibrate import calibrate, training_settings
     from pikv.calibration.checkpoint import Checkpoint
     from pikv.calibration.files import FILE_NAME
+    from pikv.calibration.samples import SMALLEST_TEXT
     from pikv.models.loading import load_model
     from pikv.registry import unknown
     from pikv.routing.experts import default_experts
@@ -94,7 +95,7 @@ def calibrate_command(
         capacity_factor=capacity_factor,
         dropout=dropout,
         aux_loss_weight=aux_loss_weight,
-        **({} if context_length is None else {"num_tokens": context_length}),
+        num_tokens=SMALLEST_TEXT if context_length is None else context_length,
     )
     checkpoint = Checkpoint(out / f".{FILE_NAME}.checkpoint")
     with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
