@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+from pikv.cli.main import main
 from pikv.models.demo.tokenizer import build_tokenizer
 from tiny import build
 
@@ -64,6 +66,8 @@ def test_methods_and_help(tmp_path):
         (["--model", "./nowhere"], "cannot"),
         (["--context", "missing.txt"], "cannot read the context missing.txt"),
         (["--context", "empty.txt"], "the context is empty"),
+        (["--questions-file", "empty.txt"], "needs a context of your own"),
+        (["--repeats", "0"], "repeats must be at least 1, not 0"),
         (["--long-context-length", "40000"], "exceed the 32768 positions of the model"),
         (["--device", "abacus"], "cannot use device 'abacus'"),
     ],
@@ -197,3 +201,22 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path):
     assert said.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_saves_what_is_finished_and_names_the_folder(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pikv.evaluation.runner.warm_up", interrupted)  # all questions are answered by then
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pikv", "compare", *FAST, "--methods", "streaming:0.5", "--out", "results"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "error: interrupted; what was finished is in results"
+    assert "note: Interrupted: these are the answers of 2 of 2 methods, and 0 of 4 measurements" in said.out
+    assert "2 methods, 4 questions to each, time and memory at 256 and 512 tokens" in said.err
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["was_interrupted"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from pikv.calibration.progress import no_progress
 from pikv.evaluation.compare import CompareConfig, compare, prepare
+from pikv.evaluation.costs import Costs, Point, try_costs
 from pikv.evaluation.ranking import rank_at_equal_bytes
 from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
 from pikv.evaluation.summary import measurements_frame, summary_frame
@@ -107,7 +109,7 @@ def ranked(**quality):
     """A summary with methods that hold some bytes and answer some share of the questions."""
     columns = ("method", "quality_kv_bytes", "accuracy", "agreement")
     rows = [dict(zip(columns, (method, *values, 0.1), strict=True)) for method, values in quality.items()]
-    return pd.DataFrame(rows).assign(num_answers=8)
+    return pd.DataFrame(rows).assign(num_answers=8, num_contexts=2)
 
 
 def test_methods_that_hold_the_same_are_ranked():
@@ -116,6 +118,9 @@ def test_methods_that_hold_the_same_are_ranked():
     assert list(zip(first["method"], first["rank"], strict=True)) == [("c", 1), ("b", 1), ("a", 3)]
     assert list(zip(second["method"], second["rank"], strict=True)) == [("f", 1), ("e", 2)]
     assert rank_at_equal_bytes(frame.assign(num_answers=7)) == []  # too few to rank anybody
+    assert rank_at_equal_bytes(frame.assign(num_contexts=1)) == []
+    cannot = frame.assign(accuracy=frame["accuracy"].where(frame["method"] != "none", 0.4))
+    assert rank_at_equal_bytes(cannot) == []  # the full cache itself fails
 
 
 def test_the_question_in_view(demo):
@@ -137,9 +142,82 @@ def test_a_context_of_ones_own(demo, tmp_path):
     assert 0 <= found.quality[1].agreement <= 1
     assert found.quality[0].answers[0].got.startswith("12 80 47")
     assert found.config["context_length"] == found.config["long_context_length"] == found.quality[0].num_tokens < 256
-    (_, _, first), (_, _, _second) = compare_tables(found)[-2:]  # the answers are shown
-    assert first[0][0] == "none" and first[0][1].startswith("12 80 47")
+    (title, header, first), (_, _, _second) = compare_tables(found)[-2:]  # the answers are shown
+    assert title == "Question 1 of 2: ? red fox" and header == ["method", "agreement", "answer"]
+    assert first[0][:2] == ["none", "100%"] and first[0][2].startswith("12 80 47")
     write_compare(found, tmp_path / "report.html")
+
+
+def test_expected_answers_are_shown_beside_those_of_the_methods(demo, tmp_path):
+    (tmp_path / "context.txt").write_text("@ red fox 12 80 47 " + "the value of the file is " * 30)
+    (tmp_path / "questions.txt").write_text('? red fox\t12 80 47\n\n{"question": "? red fox", "answer": "99"}\n')
+    files = dict(context=tmp_path / "context.txt", questions_file=tmp_path / "questions.txt")
+    found = run(demo, methods="streaming:0.9", repeats=1, **files)
+    assert [answer.expected for answer in found.quality[0].answers] == ["12 80 47", "99"]
+    assert [answer.score for answer in found.quality[0].answers] == [1.0, 0.0]
+    (_, header, first), (_, _, second) = compare_tables(found)[-2:]
+    assert header == ["method", "right", "answer"]
+    assert [row[:2] for row in first] == [["none", "yes"], ["(expected)", ""], ["streaming:0.9", "no"]]
+    assert first[1][2] == "12 80 47" and second[0][1] == "no"
+    assert not any(title.startswith("Ranking") for title, _, _ in compare_tables(found))
+
+
+def test_an_answer_ends_where_the_model_ends_it(demo, tmp_path, monkeypatch):
+    (tmp_path / "context.txt").write_text("@ red fox 12 80 47 " + "the value of the file is " * 30)
+    model, tokenizer = demo
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokenizer(" 80", add_special_tokens=False)["input_ids"])
+    found = run(demo, methods="none", context=tmp_path / "context.txt", questions=("? red fox",), repeats=1)
+    assert [answer.got for answer in found.quality[0].answers] == ["12"]
+
+
+@pytest.mark.parametrize(("after", "kinds"), [(10, {"none"}), (17, {"none", "streaming:0.5"})])
+def test_what_was_finished_before_an_interruption_is_a_result(demo, tmp_path, after, kinds):
+    """Eight questions to each of two methods, then a warm-up of each, then measurements in turns."""
+    done = []
+
+    def stop(title, total):
+        def advance(steps=1, doing=""):
+            done.extend([1] * bool(steps))
+            if len(done) == after:
+                raise KeyboardInterrupt
+
+        return advance
+
+    config, plan = prepare(CompareConfig(**SMALL, methods="streaming:0.5"), *demo)
+    found = compare(config, plan, stop)
+    assert found.was_interrupted and {quality.method for quality in found.quality} == kinds
+    assert found.notes[0].startswith(f"Interrupted: these are the answers of {len(kinds)} of 2 methods, and 0 of 12")
+    found.save(tmp_path, {"results": summary_frame(found)})
+    write_compare(found, tmp_path / "report.html")
+    assert json.loads((tmp_path / "results.json").read_text())["was_interrupted"]
+    assert [title.split()[0] for title, _, _ in compare_tables(found)] == ["Quality"]
+    done[:] = [1] * (after - 3)
+    with pytest.raises(KeyboardInterrupt):  # nothing was finished
+        compare(config, plan, stop)
+
+
+def test_a_trial_tells_about_how_long_it_takes(demo):
+    config, plan = prepare(CompareConfig(**SMALL, methods="streaming:0.5"), *demo)
+    costs = try_costs(plan)
+    assert costs.near.num_tokens <= 256 < costs.far.num_tokens and set(costs.factors) == {"streaming:0.5"}
+    steps = []
+
+    def progress(title, total):
+        steps.append(-total)
+        return lambda num=1, doing="": steps.append(num)
+
+    compare(config, plan, progress, costs)
+    assert sum(steps) == pytest.approx(0, abs=1e-6)  # every step was foreseen
+
+
+def test_costs_grow_with_the_length():
+    costs = Costs(near=Point(1000, 3.0, 0.1), far=Point(2000, 10.0, 0.2), factors={"slow": 2.0})
+    assert costs.read("none", 1000) == pytest.approx(3.0)
+    assert costs.read("none", 4000) == pytest.approx(36.0)  # 1 for every 1,000 tokens, 2 for their square
+    assert costs.read("slow", 2000) == pytest.approx(20.0)
+    assert costs.step(3000) == pytest.approx(0.3)
+    flat = Costs(near=Point(1000, 3.0, 0.1), far=Point(1000, 3.0, 0.1))
+    assert flat.read("none", 2000) == pytest.approx(6.0) and flat.step(5000) == 0.1
 
 
 def test_words_that_the_tokenizer_does_not_know_are_noted(demo, tmp_path):
@@ -207,6 +285,7 @@ def test_a_task_of_ones_own(demo, monkeypatch):
         ({"num_questions": 9}, "9 questions need as many records"),
         ({"num_records": 60, "num_questions": 2}, "no room for 60 records"),
         ({"questions": ("? red fox",)}, "needs a context of your own"),
+        ({"questions_file": Path("questions.txt")}, "needs a context of your own"),
         ({"task": "retreival"}, "unknown task 'retreival'; did you mean 'retrieval'"),
         ({"num_experts": 3, "methods": "snapkv:0.5"}, "num-experts is 3, but none of the methods has a router"),
         ({"num_experts": 99, "methods": "eplb:0.5"}, "num_experts must lie between 1 and 8"),

@@ -214,7 +214,7 @@ def test_eplb_with_duo_attention_is_compared_in_pairs(tmp_path):
     assert (rows["peak_bytes"] > 50_000_000).all()
     tables = {title: (header, cells) for title, header, cells in study_tables(result)}
     header, cells = tables["Relative improvements, measured"]
-    assert header == ["pair", "memory reduction", "decoding speed", "reading speed", "quality kept"]
+    assert header == ["pair", "bytes saved", "decoding speed", "reading speed", "accuracy, of the other's"]
     for (pair, memory, decoding, reading, quality), (first, second) in zip(
         cells, [(DUO, "none"), (EPLB_DUO, "none"), (EPLB_DUO, DUO)], strict=True
     ):

@@ -10,7 +10,7 @@ from pikv.calibration.checkpoint import Checkpoint
 from pikv.calibration.files import Calibration
 from pikv.calibration.heads import find_retrieval_heads, judge_heads
 from pikv.calibration.progress import ProgressBar, no_progress
-from pikv.calibration.samples import default_num_tokens, make_samples
+from pikv.calibration.samples import SMALLEST_TEXT, check_num_tokens, default_num_tokens, make_samples
 from pikv.calibration.training import Trainer, TrainingSettings
 from pikv.calibration.validation import validate
 from pikv.hf.identity import fingerprint, model_signature
@@ -68,18 +68,18 @@ def calibrate(
     """
     check_supported(model)
     experts = default_experts() if experts is None else dict(experts)
-    settings = TrainingSettings(
-        kinds=tuple(ROUTERS) if kinds is None else tuple(dict.fromkeys(kinds)),
-        top_k=default_top_k(len(experts)) if top_k is None else top_k,
+    settings = training_settings(
+        kinds=kinds,
+        num_experts=len(experts),
+        top_k=top_k,
         capacity_factor=capacity_factor,
         dropout=dropout,
         aux_loss_weight=aux_loss_weight,
         num_tokens=default_num_tokens(model) if num_tokens is None else num_tokens,
         num_steps=num_steps,
         seed=seed,
-        options={kind: dict(chosen) for kind, chosen in (options or {}).items()},
+        options=options,
     )
-    settings = replace(settings, kinds=_possible(settings, len(experts), all_wanted=kinds is not None))
     samples = make_samples(model, texts_or_tasks, tokenizer, num_tokens=settings.num_tokens, seed=seed)
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     state = None if file is None else file.read()
@@ -106,6 +106,31 @@ def calibrate(
         settings={**asdict(settings), "samples": sources},
         report={"kept_share": found, "heads": asdict(judge_heads(scores))},
     )
+
+
+def training_settings(
+    *,
+    kinds: Sequence[str] | None = None,
+    num_experts: int,
+    top_k: int | None = None,
+    num_tokens: int = SMALLEST_TEXT,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> TrainingSettings:
+    """The settings of ``calibrate``, checked as far as that is possible without a model.
+
+    Raises:
+        ValueError: for unknown kinds, or settings out of range.
+    """
+    check_num_tokens(num_tokens)
+    chosen = TrainingSettings(
+        kinds=tuple(ROUTERS) if kinds is None else tuple(dict.fromkeys(kinds)),
+        top_k=default_top_k(num_experts) if top_k is None else top_k,
+        num_tokens=num_tokens,
+        options={kind: dict(found) for kind, found in (options or {}).items()},
+        **settings,
+    )
+    return replace(chosen, kinds=_possible(chosen, num_experts, all_wanted=kinds is not None))
 
 
 def _possible(settings: TrainingSettings, num_experts: int, *, all_wanted: bool) -> tuple[str, ...]:

@@ -60,6 +60,12 @@ def usable_tokenizer(model: Any, tokenizer: Any = None) -> Any:
     return tokenizer if tokenizer is not None and len(tokenizer("a text")["input_ids"]) else None
 
 
+def check_num_tokens(num_tokens: int) -> None:
+    """Raises ValueError for contexts that are too short to learn from."""
+    if num_tokens < SMALLEST_TEXT:
+        raise ValueError(f"contexts of {num_tokens} tokens are too short to learn from; {SMALLEST_TEXT} is the least")
+
+
 def make_samples(
     model: Any, texts_or_tasks: Sequence[str | TokenizedSample] | None, tokenizer: Any, *, num_tokens: int, seed: int
 ) -> CalibrationSamples:
@@ -72,8 +78,7 @@ def make_samples(
         ValueError: for too little text, tasks without answers, texts without a tokenizer, or contexts too long for the model.
     """
     limit = num_positions(model.config)
-    if num_tokens < SMALLEST_TEXT:
-        raise ValueError(f"contexts of {num_tokens} tokens are too short to learn from; {SMALLEST_TEXT} is the least")
+    check_num_tokens(num_tokens)
     if limit is not None and 2 * num_tokens > limit:
         raise ValueError(
             f"contexts of {num_tokens} tokens and as much after them exceed the model's {limit} positions; "

@@ -8,12 +8,11 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from pikv.cli.options import folder
-from pikv.cli.progress import progress_bars
+from pikv.cli.progress import busy, load_libraries, progress_bars
+from pikv.cli.results import print_line, print_table
 
 if TYPE_CHECKING:
     from pikv.calibration.files import Calibration
@@ -39,6 +38,9 @@ def calibrate_command(
     steps: Annotated[int, typer.Option(help="Contexts to learn from, one a step.")] = 300,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
     out: Annotated[
         Path,
@@ -69,9 +71,11 @@ def calibrate_command(
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from pikv.calibration.calibrate import calibrate
+    load_libraries()
+    from pikv.calibration.calibrate import calibrate, training_settings
     from pikv.calibration.checkpoint import Checkpoint
     from pikv.calibration.files import file_name
+    from pikv.calibration.samples import SMALLEST_TEXT
     from pikv.models.loading import load_model
     from pikv.registry import unknown
     from pikv.routing.experts import default_experts
@@ -87,9 +91,19 @@ def calibrate_command(
         raise ValueError(f"calibration needs at least 1 step, not {steps}")
     if path.exists():
         raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
-    loaded, tokenizer = load_model(model, device, dtype)
+    training_settings(
+        kinds=kinds,
+        num_experts=num_experts,
+        top_k=top_k,
+        capacity_factor=capacity_factor,
+        dropout=dropout,
+        aux_loss_weight=aux_loss_weight,
+        num_tokens=SMALLEST_TEXT if context_length is None else context_length,
+    )
     checkpoint = Checkpoint(path.with_name(f".{path.name}.checkpoint"))
     with _folder(out), progress_bars(Console(stderr=True, emoji=False)) as progress:
+        with busy(f"reading model {model}"):
+            loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
         calibration = calibrate(
             loaded,
             sources,
@@ -164,14 +178,8 @@ def _read(path: Path) -> str:
 def _print(calibration: "Calibration") -> None:
     """What training measured on contexts that it did not learn from."""
     found = calibration.report["kept_share"]
-    title = "Share of later attention that falls on kept tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
-    table.add_column("router")
-    for ratio in next(iter(found.values())):
-        table.add_column(f"{ratio} removed", justify="right")
     names = {"best": "best possible choice (upper bound)", "even": "uncalibrated, same head budgets"}
-    for name, shares in found.items():
-        table.add_row(names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values()))
-    console = Console(emoji=False)
-    console.print(table)
-    console.print(calibration.report["heads"]["message"] + ".", highlight=False, markup=False)
+    header = ["router", *(f"{ratio} removed" for ratio in next(iter(found.values())))]
+    rows = [[names.get(name, name), *(f"{100 * share:.1f}%" for share in shares.values())] for name, shares in found.items()]
+    print_table("Share of later attention that falls on kept tokens", header, rows)
+    print_line(calibration.report["heads"]["message"] + ".")

@@ -3,15 +3,26 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from pikv.cli import notes
 from pikv.cli.options import folder
-from pikv.cli.progress import busy, progress_bars
+from pikv.cli.progress import busy, load_libraries, progress_bars, roughly
 from pikv.cli.results import publish
-from pikv.evaluation.defaults import DEFAULT_METHODS, DEFAULT_TASK
+from pikv.evaluation.defaults import (
+    DEFAULT_METHODS,
+    DEFAULT_TASK,
+    NUM_CONTEXTS,
+    REPEATS,
+    THOROUGH_NUM_CONTEXTS,
+    THOROUGH_REPEATS,
+)
+
+if TYPE_CHECKING:
+    from pikv.evaluation.plan import Plan
 
 
 def compare_command(
@@ -36,11 +47,15 @@ def compare_command(
     ] = None,
     long_context_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of the longest context for time and memory. (default: 16384, or what fits the model)"),
+        typer.Option(help="Tokens of the longest context for time and memory. (default: 8192, thorough 16384, or what fits)"),
     ] = None,
     context: Annotated[Path | None, typer.Option(help="A text file to use instead of the task's contexts.")] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="A question about your own context, may be repeated. (default: continue it)")
+    ] = None,
+    questions_file: Annotated[
+        Path | None,
+        typer.Option(help="A file of questions, one a line, with the expected answer behind a tab or as JSON if it is known."),
     ] = None,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")
@@ -50,11 +65,18 @@ def compare_command(
         bool,
         typer.Option("--calibrate", help="First train routers that need it; saved with the results. (minutes, or more)"),
     ] = False,
-    num_contexts: Annotated[int, typer.Option(help="Contexts for quality.")] = 8,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Twice the contexts and the longest length, and one more timing of everything.")
+    ] = False,
+    num_contexts: Annotated[
+        int | None, typer.Option(help=f"Contexts for quality. (default: {NUM_CONTEXTS}, thorough {THOROUGH_NUM_CONTEXTS})")
+    ] = None,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
     num_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for every timing.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timings of every method and length.")] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(help=f"Timings of every method and length. (default: {REPEATS}, thorough {THOROUGH_REPEATS})")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     attn_implementation: Annotated[
@@ -68,7 +90,8 @@ def compare_command(
     """Compare methods on one model: memory, TTFT, TPOT, tokens/s, quality.
 
     Quality is measured at --context-length, where a context is compressed before its questions are seen; time and memory there
-    and up to --long-context-length. A few minutes on the bundled model. Writes results.csv, results.json and report.html.
+    and up to --long-context-length. How long it takes is said first; Ctrl-C saves what is finished. Writes results.csv,
+    results.json and report.html.
 
     Examples:
 
@@ -81,11 +104,15 @@ def compare_command(
       pikv compare --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16 --context-length 4096
 
       pikv compare --context report.txt --question "Who signed the contract?" --question "When?"
+
+      pikv compare --context report.txt --questions-file questions.txt --model ./my-model
     """
     if model == "demo" or Path(model).exists():  # bars are for downloads; reading a folder takes no time
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    load_libraries()
     from pikv.evaluation.compare import CompareConfig, compare, prepare
-    from pikv.evaluation.methods import parse_methods
+    from pikv.evaluation.costs import total_seconds, try_costs
+    from pikv.evaluation.notes import notes_before
     from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
     from pikv.evaluation.report.folder import choose_folder
     from pikv.evaluation.router_calibration import save_calibrations
@@ -99,14 +126,16 @@ def compare_command(
         task=task,
         context_length=context_length,
         long_context_length=long_context_length,
-        num_contexts=num_contexts,
+        num_contexts=_default(num_contexts, THOROUGH_NUM_CONTEXTS if thorough else NUM_CONTEXTS),
         num_records=num_records,
         num_questions=num_questions,
         num_new_tokens=num_new_tokens,
-        repeats=repeats,
+        repeats=_default(repeats, THOROUGH_REPEATS if thorough else REPEATS),
+        thorough=thorough,
         question_aware=question_aware,
         context=context,
         questions=tuple(question or ()),
+        questions_file=questions_file,
         calibration=calibration,
         calibrate=calibrate,
         device=device,
@@ -114,14 +143,24 @@ def compare_command(
         attn_implementation=attn_implementation,
         seed=seed,
     )
-    parse_methods(methods, num_experts)
+    config.check()
     results = choose_folder(out, "compare")
     with busy(f"reading model {model}"):
         loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
+    if calibrate:
+        with progress_bars() as progress:
+            config, plan = prepare(config, loaded, tokenizer, progress)
+    else:
+        with busy("checking every method"):
+            config, plan = prepare(config, loaded, tokenizer)
+    for note in notes_before(plan):
+        notes.show(note)
+    with busy("trying every method for a moment"):
+        costs = try_costs(plan)
+    _announce(plan, total_seconds(plan, costs))
     with progress_bars() as progress:
-        config, plan = prepare(config, loaded, tokenizer, progress)
-        result = compare(config, plan, progress)
-    result = replace(result, notes=[*result.notes, *notes.shown])
+        result = compare(config, plan, progress, costs)
+    result = replace(result, notes=list(dict.fromkeys([*result.notes, *notes.shown])))
 
     files = ["results.csv", "results.json", "report.html"]
 
@@ -137,3 +176,26 @@ def compare_command(
         tables=lambda: compare_tables(result),
         lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )
+    if result.was_interrupted:
+        raise KeyboardInterrupt(f"what was finished is in {results}")
+
+
+def _default(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked
+
+
+def _announce(plan: "Plan", seconds: float) -> None:
+    """Says what is going to be done, and how long that takes."""
+    lengths = sorted({batch.num_tokens for batch in plan.batches})
+    *most, last = (f"{length:,}" for length in lengths)
+    asked = "" if plan.questions is None else _counted(plan.questions.num_questions, "question")
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console.print(
+        f"About {roughly(seconds)}: {_counted(len(plan.methods), 'method')}, {asked} to each, time and memory at "
+        f"{' and '.join([*([', '.join(most)] if most else []), last])} tokens. Ctrl-C saves what is finished.",
+        soft_wrap=not console.is_terminal,
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from pikv.cli import notes
 from pikv.cli.options import folder
-from pikv.cli.progress import busy, progress_bars
+from pikv.cli.progress import busy, load_libraries, progress_bars
 from pikv.cli.results import publish
 from pikv.evaluation.defaults import DEFAULT_TASK
 
@@ -93,6 +93,7 @@ def experiment_command(
     """
     if model in (None, "random", "demo") or Path(model or "").exists():  # bars are for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    load_libraries()
     from pikv.evaluation.report.folder import choose_folder
     from pikv.evaluation.report.study import study_tables, write_study
     from pikv.evaluation.router_calibration import save_calibrations

@@ -58,8 +58,11 @@ def main() -> None:
     warnings.showwarning = show_warning
     try:
         status = app(standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        status = _INTERRUPTED
+        if status == _INTERRUPTED:  # what some releases of Typer return
+            _say("interrupted", status)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        said = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
+        status = _say("; ".join(["interrupted", *said[:1]]), _INTERRUPTED)
     except ValueError as error:
         status = _say(error, 2)
     except OSError as error:
@@ -69,8 +72,6 @@ def main() -> None:
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
         status = _say(error.format_message(), error.exit_code) if error.format_message() else error.exit_code
-    if status == _INTERRUPTED:
-        _say("interrupted", _INTERRUPTED)
     sys.exit(status)
 
 

@@ -1,7 +1,6 @@
 """``pikv methods``: lists the presses."""
 
-from rich.console import Console
-from rich.table import Table
+from pikv.cli.results import print_table
 
 
 def methods_command() -> None:
@@ -11,7 +10,5 @@ def methods_command() -> None:
     """
     from pikv.presses.registry import list_presses, press_info
 
-    table = Table("name", "what it does", box=None, header_style="bold")
-    for name in list_presses():
-        table.add_row(name, press_info(name).description)
-    Console(emoji=False).print(table)
+    rows = [[name, press_info(name).description] for name in list_presses()]
+    print_table("Presses", ["name", "what it does"], rows, text=["what it does"])

@@ -17,7 +17,12 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """Takes the place of ``warnings.showwarning``."""
-    if str(message) in shown:
+    show(str(message))
+
+
+def show(note: str) -> None:
+    """Says something once."""
+    if note in shown:
         return
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"note: {message}", style="dim")
-    shown.append(str(message))
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"note: {note}", style="dim")
+    shown.append(note)

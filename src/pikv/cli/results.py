@@ -3,11 +3,14 @@
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+from pikv.cli.tables import table_lines
 
 if TYPE_CHECKING:
     from pikv.evaluation.report.tables import Table
@@ -59,23 +62,42 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def _print(tables: Sequence["Table"], lines: Iterable[str], expected: Sequence["Table"]) -> None:
-    console = _Console(width=None if sys.stdout.isatty() else 100, emoji=False)
-    for table in tables:
-        _print_whole(console, table)
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[str] = ()) -> None:
+    """Prints a table to standard output, whole: as wide as a terminal, or one line a row where there is none."""
+    console = _output()
+    if console.is_terminal and not console.options.ascii_only:
+        lines = table_lines(header, rows, width=console.width, text=text, rule="─")
+    else:
+        lines = table_lines(header, rows, width=console.width if console.is_terminal else None, text=text)
+    for line in textwrap.wrap(title, console.width) if console.is_terminal else [title]:
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     for line in lines:
-        console.print(line, highlight=False, markup=False)
-    for table in expected:
-        console.print()
-        _print_whole(console, table)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
+
+
+def print_line(line: str) -> None:
+    """Prints a sentence to standard output, broken into lines on a terminal alone."""
+    console = _output()
+    console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _output() -> _Console:
+    return _Console(emoji=False)
+
+
+def _print(tables: Sequence["Table"], lines: Iterable[str], expected: Sequence["Table"]) -> None:
+    for title, header, rows in tables:
+        print_table(title, header, rows, _text_columns())
+    for line in lines:
+        print_line(line)
+    for title, header, rows in expected:
+        print_line("")
+        print_table(title, header, rows, _text_columns())
     sys.stdout.flush()
 
 
-def _print_whole(console: Console, table: "Table") -> None:
-    """Prints a table as wide as its figures need; a narrower terminal breaks its lines, but no figure is cut."""
-    from pikv.evaluation.report.tables import TEXT, rich_table
+def _text_columns() -> Sequence[str]:
+    from pikv.evaluation.report.tables import TEXT
 
-    rendered = rich_table(table)
-    needed = console.measure(rendered, options=console.options.update(max_width=1000)).maximum
-    width = console.width if TEXT in table[1] else max(console.width, needed)
-    _Console(width=width, emoji=False).print(rendered, "")
+    return [TEXT]

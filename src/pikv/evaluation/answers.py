@@ -44,7 +44,7 @@ class QuestionSet:
         return sum(len(sample.questions) for sample in self.samples)
 
 
-def measure_quality(asked: QuestionSet, method: Method, full_answers: FullAnswers, advance: Callable[[], None]) -> Quality:
+def measure_quality(asked: QuestionSet, method: Method, full_answers: FullAnswers, advance: Callable[[], object]) -> Quality:
     """Lets a method read every context and answer its questions.
 
     By default a context is compressed before any question is seen, and every question is asked of that same cache. With
@@ -93,8 +93,9 @@ def _answer(
     full_answers: FullAnswers,
 ) -> Answer:
     tokens = continue_greedily(asked.model, cache, logits, question.num_answer_tokens)
-    reference = full_answers.setdefault(key, tokens)
-    got = asked.tokenizer.decode(tokens).strip()
+    said = _until_end(tokens, end_tokens(asked.model, asked.tokenizer))
+    reference = full_answers.setdefault(key, tokens[: len(said) + 1])  # with the token that ends it, if there is one
+    got = asked.tokenizer.decode(said).strip()
     return Answer(
         sample=key[0],
         question=question.prompt,
@@ -103,6 +104,17 @@ def _answer(
         score=_score(asked.task, question, got),
         agreement=agreement(asked.model, cache, logits, reference),
     )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [*(named if isinstance(named, list) else [named]), getattr(tokenizer, "eos_token_id", None)]
+    return {token for token in found if token is not None}
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    return next((tokens[:index] for index, token in enumerate(tokens) if token in ends), tokens)
 
 
 def _score(task: Task, question: TokenizedQuestion, got: str) -> float | None:

@@ -12,17 +12,29 @@ from pikv.calibration.default_calibration import use_calibration
 from pikv.calibration.progress import ProgressBar, no_progress
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.config import EvaluationConfig
-from pikv.evaluation.defaults import CONTEXT_LENGTH, DEFAULT_METHODS, LONG_CONTEXT_LENGTH
+from pikv.evaluation.costs import Costs
+from pikv.evaluation.defaults import (
+    CONTEXT_LENGTH,
+    DEFAULT_METHODS,
+    LONG_CONTEXT_LENGTH,
+    NUM_CONTEXTS,
+    REPEATS,
+    THOROUGH_LONG_CONTEXT_LENGTH,
+)
 from pikv.evaluation.environment import environment
 from pikv.evaluation.lengths import check_lengths, fitting_length
 from pikv.evaluation.methods import Method, parse_methods
 from pikv.evaluation.notes import notes_on
+from pikv.evaluation.plan import Batch, Plan
+from pikv.evaluation.questions import OwnQuestion, read_context, read_questions
 from pikv.evaluation.results import Result
 from pikv.evaluation.router_calibration import calibrate_for
-from pikv.evaluation.runner import Batch, Plan, run_plan
+from pikv.evaluation.runner import Outcome, run_plan
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
 from pikv.evaluation.trial import failures_explained, try_methods
+from pikv.hf.shape import num_positions
+from pikv.tasks.contexts import TokenizedSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +47,14 @@ class CompareConfig(EvaluationConfig):
         context_length: tokens of the contexts that quality is measured on
         long_context_length: tokens of the longest context for time and memory, which are also measured at
             ``context_length`` and the geometric mean; of both, None takes the default, or what the model has positions for
+        thorough: whether the default of the longest context is twice as long
         num_new_tokens: tokens to generate for every timing
         repeats: timings of every method and length
         question_aware: compress with the question in view, not before it is seen
-        context: a text file that replaces synthetic contexts: agreement with the full cache then stands for quality
+        context: a text file that replaces synthetic contexts: where no right answers are known, agreement with the full cache
+            then stands for quality
         questions: asked about that text
+        questions_file: further ones, see ``read_questions``
     """
 
     model: str = "demo"
@@ -47,17 +62,39 @@ class CompareConfig(EvaluationConfig):
     num_experts: int | None = None
     context_length: int | None = None
     long_context_length: int | None = None
+    thorough: bool = False
     num_new_tokens: int = 32
-    repeats: int = 3
+    num_contexts: int = NUM_CONTEXTS
+    repeats: int = REPEATS
     question_aware: bool = False
     context: Path | None = None
     questions: tuple[str, ...] = ()
+    questions_file: Path | None = None
 
     def __post_init__(self) -> None:
         self.check_counts("context_length", "long_context_length", "num_new_tokens", "repeats")
         super().__post_init__()
-        if self.questions and self.context is None:
+        if (self.questions or self.questions_file) and self.context is None:
             raise ValueError("a question of your own needs a context of your own (--context FILE)")
+        if any(not question.strip() for question in self.questions):
+            raise ValueError("the question is empty")
+
+    def check(self) -> None:
+        """Makes sure of all that needs no model: methods, and the files of the user's own text.
+
+        Raises:
+            ValueError: as ``prepare`` does.
+        """
+        parse_methods(self.methods, self.num_experts)
+        self.comparison_task()
+
+    def comparison_task(self) -> Task:
+        """What quality is measured on: the user's own text, or else the task of that name."""
+        if self.context is None:
+            return self.make_task()
+        own = [OwnQuestion(text) for text in self.questions]
+        own += [] if self.questions_file is None else read_questions(self.questions_file)
+        return TextTask(read_context(self.context), own, self.num_new_tokens)
 
 
 def prepare(
@@ -75,7 +112,7 @@ def prepare(
     methods = parse_methods(config.methods, config.num_experts)
     if config.calibration is not None:
         use_calibration(model, config.calibration)
-    task = config.make_task() if config.context is None else _own_text(config, config.context)
+    task = config.comparison_task()
     if config.context is None:
         config = _with_lengths(config, model, methods)
     samples = task.samples(
@@ -87,6 +124,7 @@ def prepare(
     if config.context is not None:
         length = len(samples[0].context_ids)
         check_lengths(model, methods, [length], config.num_new_tokens)
+        _check_questions(model, samples[0], config.num_new_tokens)
         config = replace(config, context_length=length, long_context_length=length)
     assert config.context_length is not None
     questions = QuestionSet(
@@ -113,29 +151,53 @@ def prepare(
     return config, plan
 
 
-def compare(config: CompareConfig, plan: Plan, progress: ProgressBar) -> Result:
-    """Measures quality, then time and memory, of every method; one that fails on the way is left out, and a note says why."""
-    failed: dict[str, str] = {}
-    measurements, quality = run_plan(plan, progress, failed)
-    plan = replace(plan, methods=[method for method in plan.methods if method.name not in failed])
+def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Costs | None = None) -> Result:
+    """Measures quality, then time and memory, of every method; one that fails on the way is left out, and a note says why.
+
+    Where the user interrupts, the result has what was finished until then.
+
+    Raises:
+        KeyboardInterrupt: if nothing was finished.
+    """
+    outcome = run_plan(plan, progress, costs=costs, may_fail=True)
+    if not outcome.quality:
+        raise KeyboardInterrupt
+    answered = [quality.method for quality in outcome.quality]
+    done = replace(plan, methods=[method for method in plan.methods if method.name in answered])
     return Result(
         name="compare",
         description=f"KV-cache methods on {config.model}",
         config=config.as_json(),
         environment=environment(),
-        methods=plan.methods,
-        measurements=measurements,
-        quality=quality,
-        notes=[*notes_on(plan, quality), *(f"left out, because it failed: {reason}" for reason in failed.values())],
+        methods=done.methods,
+        measurements=outcome.measurements,
+        quality=outcome.quality,
+        notes=[
+            *([_what_is_missing(plan, outcome)] if outcome.was_interrupted else []),
+            *notes_on(done, outcome.quality),
+            *(f"left out, because it failed: {reason}" for reason in outcome.failed.values()),
+        ],
+        was_interrupted=outcome.was_interrupted,
     )
 
 
-def _own_text(config: CompareConfig, path: Path) -> Task:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the context {path}: {error}") from None
-    return TextTask(text, config.questions, config.num_new_tokens)
+def _what_is_missing(plan: Plan, outcome: Outcome) -> str:
+    num_methods, num_measurements = len(plan.methods), len(plan.methods) * len(plan.batches)
+    return (
+        f"Interrupted: these are the answers of {len(outcome.quality)} of {num_methods} methods, and "
+        f"{len(outcome.measurements)} of {num_measurements} measurements of time and memory."
+    )
+
+
+def _check_questions(model: Any, sample: TokenizedSample, num_new_tokens: int) -> None:
+    """Raises ValueError if the context, its longest question and the answer exceed the model's positions."""
+    limit, length = num_positions(model.config), len(sample.context_ids)
+    longest = max(len(question.prompt_ids) for question in sample.questions)
+    if limit is not None and length + longest + num_new_tokens > limit:
+        raise ValueError(
+            f"a context of {length} tokens, a question of {longest} and {num_new_tokens} new tokens exceed "
+            f"the {limit} positions of the model"
+        )
 
 
 def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) -> CompareConfig:
@@ -144,7 +206,7 @@ def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) 
         fitting_length(model, default, config.num_new_tokens) if asked is None else asked
         for asked, default in (
             (config.context_length, CONTEXT_LENGTH),
-            (config.long_context_length, LONG_CONTEXT_LENGTH),
+            (config.long_context_length, THOROUGH_LONG_CONTEXT_LENGTH if config.thorough else LONG_CONTEXT_LENGTH),
         )
     )
     check_lengths(model, methods, [short, long], config.num_new_tokens)

@@ -3,31 +3,44 @@
 from collections.abc import Sequence
 
 from pikv.evaluation.methods import FULL
+from pikv.evaluation.plan import Plan
 from pikv.evaluation.results import Quality
 from pikv.evaluation.router_calibration import untrained_routers
-from pikv.evaluation.runner import Plan
 
-_FEW_RIGHT = 0.5
+FEW_RIGHT = 0.5
+"""An accuracy of the full cache below which methods are not compared by theirs."""
+
+
+def notes_before(plan: Plan) -> list[str]:
+    """What can be said before anything is measured: words that the tokenizer does not know, routers without training."""
+    return [*_unknown_tokens(plan), *untrained_routers(plan.model, plan.methods)]
 
 
 def notes_on(plan: Plan, quality: Sequence[Quality]) -> list[str]:
-    """Notes on the full cache's own answers, on words that the tokenizer does not know, and on routers without training."""
-    notes = []
-    for full in quality:
-        if full.method == FULL and full.accuracy < _FEW_RIGHT:
-            notes.append(
-                f"The full cache itself answers only {100 * full.accuracy:.0f}% of the questions: this model cannot do the "
-                "task at this length, and accuracy says little about the methods."
-            )
-    return [*notes, *_unknown_tokens(plan), *untrained_routers(plan.model, plan.methods)]
+    """The same, and where the full cache itself cannot answer, so that there is nothing to compare."""
+    cannot = [
+        f"The full cache itself answers only {100 * full.accuracy:.0f}% of the questions: this model cannot do the task at "
+        "this length, so that accuracy says nothing about the methods, and none is ranked."
+        for full in quality
+        if full.method == FULL and full.accuracy < FEW_RIGHT
+    ]
+    return [*cannot, *notes_before(plan)]
 
 
 def _unknown_tokens(plan: Plan) -> list[str]:
-    if plan.questions is None:
+    unknown = getattr(plan.questions and plan.questions.tokenizer, "unk_token_id", None)
+    if plan.questions is None or unknown is None:
         return []
-    unknown = getattr(plan.questions.tokenizer, "unk_token_id", None)
-    tokens = [token for sample in plan.questions.samples for token in sample.context_ids]
-    share = sum(token == unknown for token in tokens) / len(tokens)
-    if unknown is None or not share:
-        return []
-    return [f"{100 * share:.0f}% of the context's tokens are unknown to the model's tokenizer."]
+    samples = plan.questions.samples
+    asked = {
+        "context": [sample.context_ids for sample in samples],
+        "questions": [question.prompt_ids for sample in samples for question in sample.questions],
+    }
+    said = []
+    for what, texts in asked.items():
+        tokens = [token for text in texts for token in text]
+        found = sum(token == unknown for token in tokens)
+        if found:
+            share = f"{found:,} of {len(tokens):,} tokens ({100 * found / len(tokens):.0f}%)"
+            said.append(f"{share} of the {what} are unknown to the model's tokenizer: the model does not see these words.")
+    return said

@@ -20,9 +20,12 @@ class Answer:
     Attributes:
         sample: number of the context
         expected: the right answer, where it is known
-        got: what the model generated
+        got: what the model generated, up to where it ended its answer
         score: from 0 to 1; None where no right answer is known
         agreement: share of the full cache's tokens that are this cache's first choice too
+
+    In ``results.json`` the answers of each method are a list under its entry of ``quality``, the full cache (``none``) first;
+    all methods have the same questions in the same order, so that the answers to a question stand at the same place.
     """
 
     sample: int
@@ -131,6 +134,7 @@ class Result:
         highlights: sentences that sum up what was measured
         pairs: methods to compare with each other
         expected: what others expect, which was not measured here, as title, header and cells
+        was_interrupted: whether the user ended it before all was measured
     """
 
     name: str
@@ -144,6 +148,7 @@ class Result:
     highlights: list[str] = field(default_factory=list)
     pairs: Sequence[tuple[str, str]] = ()
     expected: tuple[str, list[str], list[list[str]]] | None = None
+    was_interrupted: bool = False
 
     def save(self, folder: Path, frames: dict[str, pd.DataFrame]) -> None:
         """Writes every frame as CSV under its name, and ``results.json`` with them and every answer."""
@@ -155,6 +160,7 @@ class Result:
             "config": self.config,
             "environment": self.environment,
             "notes": self.notes,
+            "was_interrupted": self.was_interrupted,
             "highlights": self.highlights,
             **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
             "measurements": [asdict(measurement) for measurement in self.measurements],

@@ -1,17 +1,16 @@
 """Runs a plan: every suite is measured here."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
-from torch import Tensor
-
-from pikv.calibration.files import Calibration
-from pikv.calibration.progress import ProgressBar
-from pikv.evaluation.answers import FullAnswers, QuestionSet, measure_quality
+from pikv.calibration.progress import Advance, ProgressBar
+from pikv.evaluation.answers import FullAnswers, measure_quality
+from pikv.evaluation.costs import Costs, batch_seconds, question_seconds, total_seconds, warm_up_seconds
 from pikv.evaluation.methods import FULL, Method
+from pikv.evaluation.plan import Plan
 from pikv.evaluation.results import Measurement, Quality
 from pikv.evaluation.timing import measure, warm_up
 from pikv.evaluation.trial import describe_failure
@@ -19,112 +18,128 @@ from pikv.evaluation.trial import describe_failure
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Token ids ``[B, T]`` to read; ``num_tokens`` is the length that was asked for."""
-
-    token_ids: Tensor
-    num_tokens: int
-    repeat: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is measured on what.
+@dataclass(kw_only=True)
+class Outcome:
+    """What a plan gave.
 
     Attributes:
-        methods: the full cache first
-        batches: what time and memory are measured on, in this order
-        questions: what quality is measured on, if answers can be compared
-        references: further methods that answer questions only
-        num_new_tokens: tokens to generate after each reading
-        num_passes: times to read each batch
-        beside_full: whether the full cache reads each batch right beside every method
-        calibrations: what was trained for these methods on the way
+        measurements, quality: of all methods but those that failed
+        failed: why a method was left out, by its name
+        was_interrupted: whether the user ended it; quality is then that of the methods that were finished, and measurements
+            are those that were made
     """
 
-    model: Any
-    methods: Sequence[Method]
-    batches: Sequence[Batch]
-    questions: QuestionSet | None = None
-    references: Sequence[Method] = field(default=())
-    num_new_tokens: int = 0
-    num_passes: int = 1
-    beside_full: bool = False
-    calibrations: Sequence[Calibration] = field(default=())
+    measurements: list[Measurement] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    was_interrupted: bool = False
 
 
-def run_plan(
-    plan: Plan, progress: ProgressBar, failed: dict[str, str] | None = None
-) -> tuple[list[Measurement], list[Quality]]:
-    """Measures quality, then time and memory.
+def run_plan(plan: Plan, progress: ProgressBar, *, costs: Costs | None = None, may_fail: bool = False) -> Outcome:
+    """Measures quality, then time and memory, until all is done or the user interrupts.
 
-    Where ``failed`` is given, a method that raises (the full cache excepted) is left out from then on, with all that was
-    measured of it, and ``failed`` says why, by its name.
+    With ``may_fail`` a method that raises (the full cache excepted) is left out from then on, with all that was measured of
+    it. ``costs`` weigh the steps of the progress bar, so that the time that is left can be told.
     """
-    quality = _measure_quality(plan, progress, failed)
-    measurements = _measure_time(plan, progress, failed)
-    left_out = failed or {}
-    return (
-        [measured for measured in measurements if measured.method not in left_out],
-        [measured for measured in quality if measured.method not in left_out],
+    outcome = Outcome()
+    running = _Running(plan, outcome, _weigh(plan, progress, costs), may_fail)
+    try:
+        running.measure_quality()
+        running.measure_time()
+    except KeyboardInterrupt:
+        outcome.was_interrupted = True
+    outcome.measurements = [each for each in outcome.measurements if each.method not in outcome.failed]
+    outcome.quality = [each for each in outcome.quality if each.method not in outcome.failed]
+    return outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    """An open progress bar, and how many of its steps each piece of work is."""
+
+    advance: Advance
+    question: Callable[[str], float]
+    warm_up: Callable[[str], float]
+    batch: Callable[[str, int], float]
+
+
+def _weigh(plan: Plan, progress: ProgressBar, costs: Costs | None) -> _Weights:
+    """Opens the progress bar: in seconds where these are known, else every piece of work is one step."""
+    if costs is not None:
+        return _Weights(
+            advance=progress("comparing", total_seconds(plan, costs)),
+            question=partial(question_seconds, plan, costs),
+            warm_up=partial(warm_up_seconds, plan, costs),
+            batch=partial(batch_seconds, plan, costs),
+        )
+    asked = plan.questions.num_questions * len([*plan.methods, *plan.references]) if plan.questions else 0
+    total = asked + len(plan.methods) * (len(plan.batches) + 1)
+    return _Weights(
+        advance=progress("measuring", total),
+        question=lambda method: 1.0,
+        warm_up=lambda method: 1.0,
+        batch=lambda method, num_tokens: 1.0,
     )
 
 
-@contextmanager
-def _may_fail(method: Method, failed: dict[str, str] | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if failed is None or method.name == FULL:
-            raise
-        log.debug("%s failed", method.name, exc_info=True)
-        failed[method.name] = describe_failure(method, error)
+@dataclass(frozen=True)
+class _Running:
+    """A plan on its way."""
 
+    plan: Plan
+    outcome: Outcome
+    weights: _Weights
+    may_fail: bool
 
-def _measure_quality(plan: Plan, progress: ProgressBar, failed: dict[str, str] | None) -> list[Quality]:
-    if plan.questions is None:
-        return []
-    methods = [*plan.methods, *plan.references]
-    advance = progress("quality", plan.questions.num_questions * len(methods))
-    full_answers: FullAnswers = {}
-    measured = []
-    for method in methods:
-        with _may_fail(method, failed):
-            measured.append(measure_quality(plan.questions, method, full_answers, advance))
-    for quality in measured:
-        for answer in quality.answers:
-            log.debug("%s: %r, right %r, got %r", quality.method, answer.question, answer.expected, answer.got)
-        log.debug("%s: accuracy %.1f%%, %d answers", quality.method, 100 * quality.accuracy, len(quality.answers))
-    return measured
+    def measure_quality(self) -> None:
+        """Lets every method answer the questions, one method after the other."""
+        asked, full_answers = self.plan.questions, FullAnswers()
+        for method in [*self.plan.methods, *self.plan.references] if asked else []:
+            assert asked is not None
+            self.weights.advance(0, f"quality: {method.name}")
+            step = partial(self.weights.advance, self.weights.question(method.name))
+            with self._failures_noted(method):
+                self.outcome.quality.append(measure_quality(asked, method, full_answers, step))
+        for quality in self.outcome.quality:
+            for answer in quality.answers:
+                log.debug("%s: %r, right %r, got %r", quality.method, answer.question, answer.expected, answer.got)
+            log.debug("%s: accuracy %.1f%%, %d answers", quality.method, 100 * quality.accuracy, len(quality.answers))
 
-
-def _measure_time(plan: Plan, progress: ProgressBar, failed: dict[str, str] | None) -> list[Measurement]:
-    """Methods take turns, so that a machine that slows down slows all of them down."""
-    advance = progress("time and memory", len(plan.methods) * (len(plan.batches) + 1))
-    for method in _working(plan, failed):
-        with _may_fail(method, failed):
-            warm_up(plan.model, method, plan.batches[0].token_ids, plan.num_new_tokens)
-        advance()
-    measurements = []
-    for batch in plan.batches:
-        for method in _working(plan, failed):
-            with _may_fail(method, failed):
-                measurements.append(
-                    measure(
-                        plan.model,
-                        method,
-                        batch.token_ids,
-                        num_tokens=batch.num_tokens,
-                        repeat=batch.repeat,
-                        num_new_tokens=plan.num_new_tokens,
-                        num_passes=plan.num_passes,
-                        beside_full=plan.beside_full,
+    def measure_time(self) -> None:
+        """Methods take turns, so that a machine that slows down slows all of them down."""
+        plan, advance = self.plan, self.weights.advance
+        for method in self._working():
+            advance(0, f"warm-up: {method.name}")
+            with self._failures_noted(method):
+                warm_up(plan.model, method, plan.batches[0].token_ids, plan.num_new_tokens)
+            advance(self.weights.warm_up(method.name))
+        for batch in plan.batches:
+            for method in self._working():
+                advance(0, f"time at {batch.num_tokens:,}: {method.name}")
+                with self._failures_noted(method):
+                    self.outcome.measurements.append(
+                        measure(
+                            plan.model,
+                            method,
+                            batch.token_ids,
+                            num_tokens=batch.num_tokens,
+                            repeat=batch.repeat,
+                            num_new_tokens=plan.num_new_tokens,
+                            num_passes=plan.num_passes,
+                            beside_full=plan.beside_full,
+                        )
                     )
-                )
-            advance()
-    return measurements
+                advance(self.weights.batch(method.name, batch.token_ids.shape[1]))
 
+    def _working(self) -> list[Method]:
+        return [method for method in self.plan.methods if method.name not in self.outcome.failed]
 
-def _working(plan: Plan, failed: dict[str, str] | None) -> list[Method]:
-    return [method for method in plan.methods if method.name not in (failed or {})]
+    @contextmanager
+    def _failures_noted(self, method: Method) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.may_fail or method.name == FULL:
+                raise
+            log.debug("%s failed", method.name, exc_info=True)
+            self.outcome.failed[method.name] = describe_failure(method, error)

@@ -14,10 +14,14 @@ _SPREADS = (
     *("full_ms", "ttft_ms", "compression_ms"),
 )
 _TIMES = ("full_ms", "ttft_ms", "compression_ms")
+_RUN_COLUMNS = dict.fromkeys(("method", "repeat", "num_tokens", *_SPREADS, *_TIMES, "kv_bytes_end", "peak_bytes", "tpot_ms"))
+"""What summaries read of measurements, where there are none."""
 
 
 def measurements_frame(result: Result) -> pd.DataFrame:
     """One row for every measurement; times in milliseconds, ``full_bytes`` is what the full cache held of the same batch."""
+    if not result.measurements:
+        return pd.DataFrame({name: pd.Series(dtype=object if name == "method" else float) for name in _RUN_COLUMNS})
     frame = pd.DataFrame([_measurement_row(measurement) for measurement in result.measurements])
     full = frame[frame["method"] == FULL].set_index(["num_tokens", "repeat"])["kv_bytes"]
     frame["full_bytes"] = [full[key] for key in zip(frame["num_tokens"], frame["repeat"], strict=True)]
@@ -59,6 +63,7 @@ def quality_columns(quality: Quality | None) -> dict[str, Any]:
         "quality_kv_bytes": quality.kv_bytes if quality else math.nan,
         "quality_kv_removed": 1 - quality.kv_bytes / quality.dense_bytes if quality else math.nan,
         "num_answers": len(quality.answers) if quality else 0,
+        "num_contexts": len({answer.sample for answer in quality.answers}) if quality else 0,
     }
 
 
@@ -105,5 +110,5 @@ def _with_improvements(frame: pd.DataFrame) -> pd.DataFrame:
     frame["memory_reduction"] = 1 - frame["kv_bytes_mean"] / base(full["kv_bytes_mean"])
     frame["speedup"] = base(full["tpot_ms"]) / frame["tpot_ms"]
     frame["ttft_ratio"] = frame["ttft_ms_median"] / base(full["ttft_ms_median"])
-    frame["quality_kept"] = frame["accuracy"] / base(full["accuracy"])
+    frame["quality_kept"] = frame["accuracy"] / base(full["accuracy"].where(full["accuracy"] > 0))
     return frame

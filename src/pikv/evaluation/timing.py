@@ -19,14 +19,14 @@ from pikv.presses.base import BasePress
 
 log = logging.getLogger(__name__)
 
-_WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 4
+WARM_UP_TOKENS, WARM_UP_STEPS = 512, 4
 
 
 def warm_up(model: Any, method: Method, token_ids: Tensor, num_new_tokens: int) -> None:
     """Lets a press find out about the model what it needs to know, and torch set up what it uses."""
     log.debug("warming up %s", method.name)
-    reading = read(model, token_ids[:, :_WARM_UP_TOKENS], method.press())
-    _generate(model, reading.cache, reading.next_tokens, min(_WARM_UP_STEPS, num_new_tokens))
+    reading = read(model, token_ids[:, :WARM_UP_TOKENS], method.press())
+    _generate(model, reading.cache, reading.next_tokens, min(WARM_UP_STEPS, num_new_tokens))
 
 
 def measure(

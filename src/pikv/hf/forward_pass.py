@@ -1,7 +1,7 @@
 """What one forward pass of the model brings, on its way between a cache's layers and our mask and attention functions."""
 
-from collections import deque
 import warnings
+from collections import deque
 from typing import Any
 
 import torch

@@ -43,8 +43,10 @@ def retrieval_samples(
     return [_fit(tokenizer, f"{seed}-{index}", num_tokens, num_records, num_questions) for index in range(num_samples)]
 
 
-def text_sample(tokenizer: Any, context: str, question: str | None, num_answer_tokens: int) -> TokenizedSample:
-    """A sample of the user's own text, whose right answer is not known; without a question the text is to be continued.
+def text_sample(
+    tokenizer: Any, context: str, question: str | None, num_answer_tokens: int, answer: str | None = None
+) -> TokenizedSample:
+    """A sample of the user's own text, with the right answer if it is known; without a question the text is to be continued.
 
     Raises:
         ValueError: if the text, or the question, is empty.
@@ -59,7 +61,7 @@ def text_sample(tokenizer: Any, context: str, question: str | None, num_answer_t
         if not question.strip():
             raise ValueError("the question is empty")
     asked = TokenizedQuestion(
-        prompt=question or "(continue)", prompt_ids=prompt_ids, answer=None, num_answer_tokens=num_answer_tokens
+        prompt=question or "(continue)", prompt_ids=prompt_ids, answer=answer, num_answer_tokens=num_answer_tokens
     )
     return TokenizedSample(context_ids=context_ids, questions=(asked,))
 

@@ -11,23 +11,23 @@ import plotly.graph_objects as go
 
 from pikv.evaluation.report.page import write_page
 from pikv.evaluation.report.plots import kept_by_head, styled
-from pikv.evaluation.report.tables import Column, Table, make_table, mebibytes, percent, times
+from pikv.evaluation.report.tables import Column, Table, make_table, mebibytes, percent, saved, times
 from pikv.evaluation.results import Measurement, Result
 from pikv.evaluation.summary import measurements_frame, summary_frame
 
 NOTE = (
-    "Removed: the share of the tokens over all rows, and of the bytes that an uncompressed cache of transformers holds "
-    "(dense). A row is one KV head of one sequence of one layer; kept of a row: tokens of the shortest, the mean and the "
-    "longest. KV MiB: what the storage holds, room to grow included, without and with the press. Times are of the forward "
+    "Tokens kept: their share over all rows. A row is one KV head of one sequence of one layer; in a row: tokens of the "
+    "shortest, the mean and the longest. KV MiB: what the storage holds, room to grow included. Bytes saved: of an "
+    "uncompressed cache of transformers, whose size the title tells. Times are of the forward "
     "pass that reads the context, without and with the press, in turns, the fastest counts; compression is their "
     "difference, and what stands there for the full cache is this machine's noise. ± is the standard deviation over the "
     "repeats, each of which reads other tokens, the same ones for all presses."
 )
 
 
-def _spread(row: pd.Series, name: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+def _spread(row: pd.Series, name: str, digits: int = 2, scale: float = 1.0, unit: str = "", start: float = 0.0) -> str:
     """Mean and standard deviation; a single repeat has none."""
-    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+    mean, deviation = start + scale * row[f"{name}_mean"], abs(scale) * row[f"{name}_std"]
     return f"{mean:.{digits}f}{unit}" + ("" if math.isnan(deviation) else f" ±{deviation:.{digits}f}")
 
 
@@ -42,11 +42,10 @@ def _label(row: pd.Series) -> str:
 COMPRESSION_COLUMNS: list[Column] = [
     ("press", _label),
     ("set", lambda row: percent(row["ratio_set"], 0)),
-    ("tokens removed", lambda row: _spread(row, "tokens_removed", 1, 100, "%")),
-    ("bytes removed", lambda row: _spread(row, "bytes_removed", 1, 100, "%")),
-    ("kept of a row", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
-    ("KV MiB", lambda row: f"{mebibytes(row['full_bytes_mean'], 2)} -> {mebibytes(row['kv_bytes_mean'], 2)}"),
-    ("dense", lambda row: mebibytes(row["dense_bytes_mean"], 2)),
+    ("tokens kept", lambda row: _spread(row, "tokens_removed", 1, -100, "%", 100)),
+    ("in a row", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
+    ("KV MiB", lambda row: mebibytes(row["kv_bytes_mean"], 2)),
+    ("bytes saved", lambda row: "-" if row["bytes_removed_mean"] < 0 else _spread(row, "bytes_removed", 1, 100, "%")),
 ]
 
 TIME_COLUMNS: list[Column] = [
@@ -59,10 +58,10 @@ TIME_COLUMNS: list[Column] = [
 
 QUALITY_COLUMNS: list[Column] = [
     ("press", _label),
-    ("removed", lambda row: percent(row["quality_kv_removed"])),
+    ("bytes saved", lambda row: saved(row["quality_kv_removed"])),
     ("accuracy", lambda row: percent(row["accuracy"])),
     ("95% CI", lambda row: f"{percent(row['accuracy_low'], 0)}-{percent(row['accuracy_high'], 0)}"),
-    ("agrees", lambda row: percent(row["agreement"])),
+    ("agreement", lambda row: percent(row["agreement"])),
     ("answers", lambda row: str(row["num_answers"])),
 ]
 
@@ -82,8 +81,9 @@ def study_tables(result: Result) -> list[Table]:
     summary, config = summary_frame(result), result.config
     size = f"{config['batch_size']} x {config['num_tokens']:,} tokens"
     measured = summary[summary["num_repeats"] > 0]
+    dense = f"{mebibytes(measured['dense_bytes_mean'].iloc[0], 2)} MiB uncompressed"
     made = [
-        make_table(f"Compression of {size}, {_repeats(config)}", COMPRESSION_COLUMNS, measured),
+        make_table(f"Compression of {size}, {_repeats(config)}, {dense}", COMPRESSION_COLUMNS, measured),
         make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured),
     ]
     if config["num_new_tokens"]:
@@ -97,10 +97,10 @@ def study_tables(result: Result) -> list[Table]:
 
 PAIR_COLUMNS: list[Column] = [
     ("pair", lambda row: str(row["pair"])),
-    ("memory reduction", lambda row: percent(row["memory_reduction"])),
+    ("bytes saved", lambda row: percent(row["memory_reduction"])),
     ("decoding speed", lambda row: times(row["decoding_speed"])),
     ("reading speed", lambda row: times(row["reading_speed"])),
-    ("quality kept", lambda row: percent(row["quality_kept"])),
+    ("accuracy, of the other's", lambda row: percent(row["quality_kept"])),
 ]
 
 

@@ -11,9 +11,10 @@ from pikv.evaluation.config import EvaluationConfig
 from pikv.evaluation.environment import environment
 from pikv.evaluation.lengths import check_lengths
 from pikv.evaluation.notes import notes_on
+from pikv.evaluation.plan import Batch, Plan
 from pikv.evaluation.results import Result
 from pikv.evaluation.router_calibration import calibrate_for
-from pikv.evaluation.runner import Batch, Plan, run_plan
+from pikv.evaluation.runner import run_plan
 from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
 from pikv.evaluation.summary import summary_frame
@@ -142,7 +143,9 @@ def run_study(study: Study, config: StudyConfig, plan: Plan, data: Data, progres
         _calibrate(data.model, config, progress)
     references = study.references(data, config.router_settings(), progress)
     plan = replace(plan, references=references)
-    measurements, quality = run_plan(plan, progress)
+    outcome = run_plan(plan, progress)
+    if outcome.was_interrupted:  # pairs and highlights need every press
+        raise KeyboardInterrupt
     settings = {
         **config.as_json(),
         "study": study.name,
@@ -158,9 +161,9 @@ def run_study(study: Study, config: StudyConfig, plan: Plan, data: Data, progres
         config=settings,
         environment=environment(),
         methods=[*plan.methods, *references],
-        measurements=measurements,
-        quality=quality,
-        notes=notes_on(plan, quality),
+        measurements=outcome.measurements,
+        quality=outcome.quality,
+        notes=notes_on(plan, outcome.quality),
         pairs=study.pairs,
         expected=study.expected,
     )
