@@ -13,8 +13,8 @@ from markupsafe import Markup
 from pikv.evaluation.report.charts import Chart, chart_data
 from pikv.evaluation.results import Result
 
-LIBRARIES = ("d3.min.js", "plot.umd.min.js")
-"""What draws the charts, as it was published, in the order in which a page needs it; see ``vendor/README.md``."""
+LIBRARIES = {"d3.min.js": "LICENSE.d3", "plot.umd.min.js": "LICENSE.plot"}
+"""What draws the charts, as published, in the order in which a page needs it, with licences; see ``vendor/README.md``."""
 
 _SCRIPTS = ("formats.js", "theme.js", "labels.js", "curves.js", "rows.js", "heads.js", "charts.js", "tables.js", "samples.js")
 _MACHINE = ("processor", "cpu_count", "torch_threads", "gpu", "platform")
@@ -38,7 +38,7 @@ def write_page(
         details=json.dumps({"config": result.config, "environment": result.environment}, indent=1),
         data=_embedded({"charts": [chart_data(chart) for chart in charts], "samples": samples}),
         style=Markup(_read("assets", "page.css")),
-        libraries=[Markup(_read("vendor", name)) for name in LIBRARIES],
+        libraries=[(Markup(_read("vendor", name)), Markup(_read("vendor", licence))) for name, licence in LIBRARIES.items()],
         scripts=[Markup(_read("assets", name)) for name in _SCRIPTS],
     )
     path.write_text(page, encoding="utf-8")
