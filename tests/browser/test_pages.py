@@ -24,13 +24,18 @@ def browser():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    methods = [*MANY, *SAME, "adakv(h2o):0.35+moe_hierarchical:0.15+duo:0.15"]
+    methods = [*MANY, *SAME, "adakv(h2o):0.35+hierarchical:0.15+duo:0.15"]
     write_compare(made_result(methods, lengths=(1024, 2048, 8192), num_questions=24, notes=["a note"]), path)
     return path
 
 
 def test_a_report_of_many_methods(browser, report):
     assert pages.check_page(browser, report) == []
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    lines = page.locator("figure").first.locator(".line[data-curve] path")  # a curve that joins its ratios has a line to each
+    assert max(lines.nth(number).get_attribute("d").count("L") for number in range(lines.count())) == 2
+    page.close()
 
 
 def test_what_is_wrong_with_a_page_is_found(browser, tmp_path):

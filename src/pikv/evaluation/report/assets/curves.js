@@ -48,12 +48,14 @@ function drawCurves(chart, width) {
       Plot.text([chart.y.label], { frameAnchor: "top-left", dx: -44, dy: -22, text: (d) => d, fill: "var(--muted)" }),
       Plot.text([`${chart.x.label} →`], { frameAnchor: "bottom-right", dy: 36, text: (d) => d, fill: "var(--muted)" }),
       chart.reference === null ? null : Plot.ruleY([chart.reference], { stroke: "var(--ink)", strokeWidth: 1.5, strokeDasharray: "1 4", strokeLinecap: "round" }),
-      curves.flatMap((curve, index) => {
-        const tag = { ariaLabel: `curve-${index}` };
+      curves.flatMap((curve) => {
+        const [line, interval] = [tagged(curve, "line"), tagged(curve, "interval")];
+        const { color: stroke, color: fill, symbol, dash: strokeDasharray } = curve;
+        const known = curve.points.filter((point) => point.low !== null);
         return [
-          Plot.ruleX(curve.points.filter((p) => p.low !== null), { ariaLabel: `curve-${index}-interval`, x: "x", y1: "low", y2: "high", stroke: curve.color, strokeOpacity: 0.45 }),
-          Plot.lineY(curve.points, { ...tag, x: "x", y: "y", stroke: curve.color, strokeWidth: 1.75, strokeDasharray: curve.dash }),
-          Plot.dot(curve.points, { ...tag, x: "x", y: "y", fill: curve.color, stroke: "var(--paper)", strokeWidth: 1, symbol: curve.symbol, r: 4.5 }),
+          Plot.ruleX(known, { x: "x", y1: "low", y2: "high", stroke, strokeOpacity: 0.45, render: interval }),
+          Plot.lineY(curve.points, { x: "x", y: "y", stroke, strokeWidth: 1.75, strokeDasharray, render: line }),
+          Plot.dot(curve.points, { x: "x", y: "y", fill, stroke: "var(--paper)", strokeWidth: 1, symbol, r: 4.5, render: line }),
         ];
       }),
       Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: (point) => tipOf(point), fontSize: 12, lineHeight: 1.35, maxRadius: 40 })),
@@ -62,7 +64,7 @@ function drawCurves(chart, width) {
   const [scaleX, scaleY] = [plot.scale("x"), plot.scale("y")];
   const svg = plot.tagName === "svg" ? plot : plot.querySelector("svg");
   writeNames(svg, names, { width, height, room, margins, scaleX, scaleY });
-  highlight(svg, plot, points, curves);
+  highlight(svg, plot);
   if (curves.length > MOST_INTERVALS) svg.classList.add("few-intervals");
   return plot;
 
@@ -103,14 +105,18 @@ function writeNames(svg, names, { width, height, room, margins, scaleX, scaleY }
   });
 }
 
+// Marks that say whose they are.
+function tagged(curve, kind) {
+  return (index, scales, values, dimensions, context, next) => {
+    const group = next(index, scales, values, dimensions, context);
+    group.dataset.curve = curve.name;
+    group.classList.add(kind);
+    return group;
+  };
+}
+
 // The curve that is pointed at, or whose name is, stands out.
-function highlight(svg, plot, points, curves) {
-  const parts = [...svg.querySelectorAll("[aria-label^=curve-]")];
-  parts.forEach((part) => {
-    part.dataset.curve = curves[parseInt(part.getAttribute("aria-label").slice(6))].name;
-    part.classList.toggle("interval", part.getAttribute("aria-label").endsWith("interval"));
-    part.setAttribute("aria-hidden", "true");
-  });
+function highlight(svg, plot) {
   const marked = [...svg.querySelectorAll("[data-curve]")];
   const show = (name) => {
     svg.classList.toggle("choosing", name !== null);
