@@ -65,6 +65,7 @@ def check_page(browser: Any, file: Path, out: Path | None = None, name: str | No
     for size, (width, height) in SIZES.items():
         for theme in ("light", "dark"):
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+            context.set_default_timeout(120_000)  # a busy machine is not what is looked for here
             page = context.new_page()
             found: list[str] = []
             page.on("console", lambda message, found=found: _note(found, message))
@@ -81,7 +82,7 @@ def check_page(browser: Any, file: Path, out: Path | None = None, name: str | No
                 found.append(f"the page is {wide} pixels wide")
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
-                page.screenshot(path=out / f"{name or file.stem}-{size}-{theme}.png", full_page=True, timeout=90_000)
+                page.screenshot(path=out / f"{name or file.stem}-{size}-{theme}.png", full_page=True)
             problems += [f"{file.name}, {width} pixels, {theme}: {problem}" for problem in dict.fromkeys(found)]
             context.close()
     return problems

@@ -28,7 +28,7 @@ function drawCurves(chart, width) {
   const xs = d3.extent(points, (point) => point.x);
   const isSaved = chart.x.unit === "saved";
   const domain = isSaved ? [Math.min(...xs) / 1.06, Math.max(1, ...xs)] : [xs[0] / 1.1, xs[1] * 1.02];
-  const ticks = isSaved ? SAVED_TICKS.filter((tick) => tick >= domain[0]) : [...new Set(points.map((point) => point.x))];
+  const ticks = isSaved ? (domain[0] > 0.5 ? FEW_SAVED_TICKS : SAVED_TICKS).filter((tick) => tick >= domain[0]) : [...new Set(points.map((point) => point.x))];
   const [tops, bottoms] = [points.map((point) => point.high ?? point.y), points.map((point) => point.low ?? point.y)];
   const lowest = d3.min([...bottoms, chart.reference ?? 1]);
   const plot = Plot.plot({

@@ -11,6 +11,7 @@ const FORMATS = {
 FORMATS.ms.tick = plain;
 
 // Ticks that a reader would choose: on logarithmic axes the lengths that were measured, or ratios that methods are given.
+const FEW_SAVED_TICKS = [0, 0.1, 0.2, 0.3, 0.4].map((saved) => 1 - saved);
 const SAVED_TICKS = [0, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999].map((saved) => 1 - saved);
 
 function element(name, attributes = {}, ...children) {
