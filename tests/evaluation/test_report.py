@@ -50,6 +50,17 @@ def test_charts_of_one_length_are_rows_and_of_several_are_curves():
     assert memory.series[0].values[1] == [1.0]  # MiB
 
 
+def test_a_run_that_was_ended_early_has_a_page_of_what_there_is(tmp_path):
+    result = made_result(METHODS)
+    cut = replace(result.quality[2], answers=result.quality[2].answers[:2])
+    begun = replace(result, measurements=result.measurements[:2], quality=[*result.quality[:2], cut])
+    write_compare(begun, tmp_path / "report.html")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "report.html").read_text(), re.S)[1])
+    assert len(data["samples"]["questions"]) == 2
+    assert [curve["name"] for curve in data["charts"][1]["curves"]] == ["full cache"]
+    assert length_charts(summary_frame(result).assign(num_repeats=0)) == []
+
+
 def test_figures_that_are_not_known_are_null():
     result = made_result(["duo:0.5"])
     silent = [replace(each, step_seconds=[]) for each in result.measurements]

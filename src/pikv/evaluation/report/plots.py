@@ -45,8 +45,14 @@ def _quality_point(quality: Quality, judged: bool) -> Point:
 
 
 def length_charts(summary: pd.DataFrame) -> list[Chart]:
-    """Memory, time per output token and time to the first token; against the context length where there are several."""
-    mebi = summary.assign(kv_mebi=summary["kv_bytes_mean"] / MEBI)
+    """Memory, time per output token and time to the first token; against the context length where there are several.
+
+    A run that was ended before any of it was measured has none.
+    """
+    measured = summary[summary["num_repeats"] > 0]
+    if measured.empty:
+        return []
+    mebi = measured.assign(kv_mebi=measured["kv_bytes_mean"] / MEBI)
     return [
         _against_length(mebi, "kv_mebi", "Memory", "KV cache after compression", "MiB"),
         _against_length(
@@ -62,9 +68,8 @@ def length_charts(summary: pd.DataFrame) -> list[Chart]:
 
 
 def _against_length(
-    summary: pd.DataFrame, column: str, title: str, caption: str, unit: Unit, ends: tuple[str, str] | None = None
+    rows: pd.DataFrame, column: str, title: str, caption: str, unit: Unit, ends: tuple[str, str] | None = None
 ) -> Chart:
-    rows = summary[summary["num_repeats"] > 0]
     lengths = rows["num_tokens"].unique()
     if len(lengths) == 1:
         values = [[value] for value in rows[column]]

@@ -22,7 +22,7 @@ def sample_data(qualities: Sequence[Quality]) -> dict[str, Any] | None:
     first = next((quality for quality in asked if quality.method == FULL), asked[0])
     questions: list[dict[str, Any]] = []
     size = 0
-    for number, answer in enumerate(first.answers):
+    for number, answer in enumerate(first.answers[: min(len(quality.answers) for quality in asked)]):
         answers = [quality.answers[number] for quality in asked]
         texts = [_shortened(each.got) for each in answers]
         unique = list(dict.fromkeys(texts))

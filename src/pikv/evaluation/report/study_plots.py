@@ -10,20 +10,25 @@ from pikv.evaluation.results import Measurement
 
 
 def compression_reached(summary: pd.DataFrame) -> RowChart:
-    """The shares of tokens removed and of bytes saved, with standard deviations."""
+    """The shares of tokens kept and of bytes saved, with standard deviations."""
     return RowChart(
         title="Compression reached",
-        caption="Shares of the tokens removed and of the bytes saved, mean over the repeats; lines are standard deviations.",
+        caption="Shares of the tokens kept and of the bytes saved, mean over the repeats; lines are standard deviations.",
         x=Axis(label="share", unit="share"),
         rows=list(summary["method"]),
         series=[
             RowSeries(
-                name=name,
-                shape="dot" if name == "tokens removed" else "ring",
-                values=[[value] for value in summary[f"{column}_mean"]],
-                spread=list(summary[f"{column}_std"]),
-            )
-            for column, name in (("tokens_removed", "tokens removed"), ("bytes_removed", "bytes saved"))
+                name="tokens kept",
+                shape="dot",
+                values=[[1 - value] for value in summary["tokens_removed_mean"]],
+                spread=list(summary["tokens_removed_std"]),
+            ),
+            RowSeries(
+                name="bytes saved",
+                shape="ring",
+                values=[[value] for value in summary["bytes_removed_mean"]],
+                spread=list(summary["bytes_removed_std"]),
+            ),
         ],
     )
 
