@@ -1,12 +1,14 @@
 # Every target sets up what it needs: a virtual environment in .venv with the pinned versions of constraints.txt.
 
+SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 KVPRESS := .venv-kvpress
 PACKAGE := build/package-venv/bin
 
-.PHONY: help compare test test-kvpress test-package fuzz models tables lint types bench gpu docs clean
+.PHONY: help compare test test-kvpress test-package fuzz models tables lint types bench gpu docs picture measure-picture \
+	screenshots vendor clean
 
 help:  # this list
 	@grep -E '^[a-z-]+:.*  # ' Makefile | sed -E 's/:.*  # /\t/' | expand -t 16
@@ -66,6 +68,42 @@ endif
 
 docs: $(STAMP)  # the documentation, as build/site
 	$(BIN)/mkdocs build --strict
+
+# The picture of accuracy against bytes, from figures that were measured before; measure-picture measures them again (5 minutes).
+PICTURE := $(BIN)/python -m pikv.evaluation.report.picture
+RATIOS := 0.5 0.75 0.9 0.95
+PICTURED := $(foreach press,eplb duo keydiff kvzip snapkv h2o streaming,$(foreach ratio,$(RATIOS),$(press):$(ratio)))
+EMPTY :=
+COMMA := ,
+
+picture: $(STAMP)  # draws docs/frontier.svg from what was measured
+	$(PICTURE) docs/data/frontier.json docs/frontier.svg
+
+measure-picture: $(STAMP)  # measures what the picture shows
+	rm -rf build/frontier
+	$(BIN)/pikv compare --methods "$(subst $(EMPTY) $(EMPTY),$(COMMA),$(PICTURED))" --context-length 1024 \
+		--long-context-length 1024 --repeats 1 --num-new-tokens 2 --out build/frontier
+	$(PICTURE) build/frontier/results.json docs/frontier.svg --keep docs/data/frontier.json
+
+# Screenshots of reports, picture and documentation, narrow and wide, light and dark, in build/screenshots; fails on errors of
+# the console, requests, overlapping labels and pages wider than the window. Needs Chromium; PAGES="NAME=FILE ..." adds pages.
+screenshots: $(STAMP)  # of reports, picture and documentation, checked
+	$(BIN)/pip install --quiet --editable ".[browser]"
+	rm -rf build/shown
+	$(BIN)/pikv compare --context-length 512 --long-context-length 2048 --num-contexts 2 --repeats 1 --out build/shown/compare
+	$(BIN)/pikv experiment combos --data demo --num-tokens 512 --num-contexts 2 --repeats 2 --out build/shown/study
+	$(BIN)/python tests/browser/pages.py --out build/screenshots compare=build/shown/compare/report.html \
+		study=build/shown/study/report.html docs/frontier.svg $(PAGES)
+
+# The libraries that reports carry, as they are published.
+VENDOR := src/pikv/evaluation/report/vendor
+vendor:  # fetches the libraries that reports carry
+	for package in d3@7.9.0:d3:d3.min.js @observablehq/plot@0.6.17:plot:plot.umd.min.js; do \
+		IFS=: read -r name short file <<< "$$package"; \
+		folder=$$(mktemp -d) && (cd $$folder && npm pack --silent "$$name" && tar xzf ./*.tgz) && \
+		cp $$folder/package/dist/$$file $(VENDOR)/ && cp $$folder/package/LICENSE $(VENDOR)/LICENSE.$$short && rm -r $$folder || exit 1; \
+	done
+	cd $(VENDOR) && sha256sum --check SHA256SUMS
 
 clean:  # removes environments and what was built
 	rm -rf .venv $(KVPRESS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 EXTRAS = {
-    "cli": ("typer", "rich", "pandas", "plotly", "jinja2", "markupsafe", "psutil"),
+    "cli": ("typer", "rich", "pandas", "jinja2", "markupsafe", "psutil"),
     "eval": ("lm_eval",),
     "kvpress": ("kvpress",),
 }

@@ -7,7 +7,6 @@ import math
 import pandas as pd
 import pytest
 import torch
-from plotly.offline import get_plotlyjs
 
 from pikv.calibration.progress import no_progress
 from pikv.evaluation.report.study import study_tables, write_study
@@ -143,8 +142,6 @@ def test_files(combos, tmp_path):
     assert {"torch", "transformers", "git", "python"} <= set(content["environment"])
     assert content["notes"] == result.notes
     page = (tmp_path / "report.html").read_text()
-    rest = page.replace(get_plotlyjs(), "")  # nothing is loaded from elsewhere
-    assert len(rest) < len(page) / 2 and "src=" not in rest and "href=" not in rest
     for title, _, rows in study_tables(result):
         assert title in page
         assert len(rows) == len(result.methods)

@@ -8,7 +8,7 @@ from transformers import Pipeline
 # What reads and answers is imported when it is used: transformers imports this file with its pipelines.
 
 
-class PiKVTextGenerationPipeline(Pipeline):  # type: ignore[misc]
+class PiKVTextGenerationPipeline(Pipeline):
     """Reads a context once, compresses its cache, and answers questions about it: ``pipeline("pikv-text-generation", ...)``.
 
     The call takes

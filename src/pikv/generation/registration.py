@@ -18,7 +18,7 @@ def register_when_imported() -> None:
     if _PIPELINES in sys.modules:
         _register()
     elif not any(isinstance(each, _Finder) for each in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
@@ -28,7 +28,7 @@ class _Finder:
         if name != _PIPELINES:
             return None
         if self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -52,8 +52,8 @@ def name_of_router(kind: type[MoERouter]) -> str:
     for name, known in registered.items():
         if known is kind:
             return name
-    known = registered.get(kind.__name__)
-    if known is not None and _source(known) != _source(kind):
+    namesake = registered.get(kind.__name__)
+    if namesake is not None and _source(namesake) != _source(kind):
         raise ValueError(f"there are two routers {kind.__name__!r}; register one under another name, by register_router")
     register_router(kind.__name__)(kind)  # anew where a file was changed
     return kind.__name__

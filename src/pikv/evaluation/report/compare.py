@@ -9,7 +9,8 @@ from pikv.evaluation.methods import FULL
 from pikv.evaluation.notes import FEW_RIGHT
 from pikv.evaluation.ranking import rank_at_equal_bytes
 from pikv.evaluation.report.page import write_page
-from pikv.evaluation.report.plots import kept_by_head, quality_against_memory, tpot_against_length
+from pikv.evaluation.report.plots import kept_by_head, length_charts, quality_against_bytes
+from pikv.evaluation.report.samples import sample_data
 from pikv.evaluation.report.tables import MEBI, TEXT, Column, Table, make_table, mebibytes, percent, saved, times
 from pikv.evaluation.results import Answer, Result
 from pikv.evaluation.summary import summary_frame
@@ -139,19 +140,21 @@ def _room(quality: pd.DataFrame) -> list[str]:
 
 
 def write_compare(result: Result, path: Path) -> None:
-    """Writes the report: figures, tables, and what it takes to measure it again."""
+    """Writes the report: charts, tables, samples, and what it takes to measure it again."""
     first = result.quality[0]
-    kept = {quality.method: quality.kept for quality in result.quality}
+    asked = "1 answer" if len(first.answers) == 1 else f"{len(first.answers)} answers"
     write_page(
         "compare.html",
         path,
         result,
-        figures=[
-            quality_against_memory(result.quality),
-            tpot_against_length(summary_frame(result)),
-            kept_by_head(kept),
+        charts=[
+            quality_against_bytes(result.quality),
+            *length_charts(summary_frame(result)),
+            kept_by_head({quality.method: quality.kept for quality in result.quality}),
         ],
-        lead=f"{len(result.quality)} methods, {len(first.answers)} answers each at {first.num_tokens:,} tokens.",
+        samples=sample_data(result.quality),
+        heading=result.description,
+        lead=f"{len(result.quality)} methods, {asked} each at {first.num_tokens:,} tokens.",
         improvements=improvements(result),
-        tables=compare_tables(result),
+        tables=[table for table in compare_tables(result) if TEXT not in table[1]],  # the samples have these
     )

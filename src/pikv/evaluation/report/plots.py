@@ -1,103 +1,112 @@
-"""Plotly figures of a comparison, and the look of all."""
+"""Charts of a comparison, and those that it shares with studies."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from pikv.evaluation.methods import FULL
+from pikv.evaluation.report.charts import Axis, Chart, Curve, CurveChart, HeadChart, Point, RowChart, RowSeries, Unit
+from pikv.evaluation.report.curves import group_by_curve, style_by_method
+from pikv.evaluation.report.tables import MEBI
 from pikv.evaluation.results import Quality
 
-_COLUMNS = 3
 
-
-def quality_against_memory(qualities: Sequence[Quality]) -> go.Figure:
-    """Accuracy (or agreement, where no answers are known) over the bytes held after compression, with intervals.
-
-    Methods that differ in their ratios alone are points of one line.
-    """
-    figure = go.Figure()
-    lines: dict[str, list[Quality]] = {}
-    for quality in qualities:
-        lines.setdefault(_without_ratio(quality.method), []).append(quality)
+def quality_against_bytes(qualities: Sequence[Quality]) -> CurveChart:
+    """Accuracy (or agreement, where no answers are known) against the share of the bytes that is held; one curve a method."""
+    by_method = {quality.method: quality for quality in qualities}
+    styles = style_by_method(by_method)
     judged = all(not math.isnan(quality.accuracy) for quality in qualities)
-    for name, several in lines.items():
-        several = sorted(several, key=lambda quality: quality.kv_bytes)
-        values = [quality.accuracy if judged else quality.agreement for quality in several]
-        bounds = [quality.interval if judged else (value, value) for quality, value in zip(several, values, strict=True)]
-        figure.add_scatter(
-            name=several[0].method if len(several) == 1 else name,
-            x=[quality.kv_bytes / quality.dense_bytes for quality in several],
-            y=values,
-            mode="lines+markers",
-            text=[quality.method for quality in several],
-            hovertemplate="%{text}: %{y:.1%} at %{x:.1%} of the bytes<extra></extra>",
-            marker={"size": 11},
-            error_y={
-                "type": "data",
-                "array": [high - value for value, (_, high) in zip(values, bounds, strict=True)],
-                "arrayminus": [value - low for value, (low, _) in zip(values, bounds, strict=True)],
-            },
+    curves = []
+    for name, members in group_by_curve(by_method).items():
+        points = [_quality_point(by_method[method], judged) for method in members]
+        curves.append(Curve(name=name, style=styles[members[0]], points=sorted(points, key=lambda point: -point.x)))
+    full = by_method.get(FULL)
+    measure = "accuracy" if judged else "agreement"
+    return CurveChart(
+        title=f"{measure.capitalize()} against bytes",
+        caption=(
+            "Share of right answers, with 95% intervals"
+            if judged
+            else "How often the next token is the full cache's choice; no right answers are known"
         )
-    figure.update_xaxes(title="KV bytes held, share of the full cache", tickformat=".0%", range=[0, 1.1])
-    figure.update_yaxes(title="accuracy" if judged else "agreement", tickformat=".0%", range=[-0.05, 1.1])
-    return styled(figure, "Quality against memory")
-
-
-def _without_ratio(method: str) -> str:
-    """A single press without its ratio; compositions stay as they are."""
-    return method if "+" in method else method.rpartition(":")[0] or method
-
-
-def tpot_against_length(summary: pd.DataFrame) -> go.Figure:
-    """Median time per output token over the context length; the bars reach from the 10th to the 90th percentile."""
-    figure = go.Figure()
-    for method, rows in summary.groupby("method", sort=False):
-        figure.add_scatter(
-            name=str(method),
-            x=rows["num_tokens"],
-            y=rows["tpot_ms"],
-            mode="lines+markers",
-            error_y={
-                "type": "data",
-                "array": rows["tpot_ms_p90"] - rows["tpot_ms"],
-                "arrayminus": rows["tpot_ms"] - rows["tpot_ms_p10"],
-                "thickness": 1,
-            },
-        )
-    figure.update_xaxes(title="context length (tokens)", type="log", tickvals=sorted(summary["num_tokens"].unique()))
-    figure.update_yaxes(title="time per output token (ms)", rangemode="tozero")
-    return styled(figure, "Decoding speed against context length")
-
-
-def kept_by_head(kept: Mapping[str, list[list[float]]]) -> go.Figure:
-    """The share of the tokens that every KV head keeps, by method ``[layers][heads]``, one panel a method."""
-    num_rows = math.ceil(len(kept) / _COLUMNS)
-    first = next(iter(kept.values()))
-    figure = make_subplots(
-        rows=num_rows,
-        cols=_COLUMNS,
-        subplot_titles=list(kept),
-        vertical_spacing=0.35 / num_rows,
+        + ", over the bytes saved. The ratios of one method are joined.",
+        x=Axis(label="bytes saved", unit="saved", is_log=True),
+        y=Axis(label=measure, unit="share"),
+        curves=curves,
+        reference=None if full is None else full.accuracy if judged else full.agreement,
     )
-    for index, shares in enumerate(kept.values()):
-        figure.add_heatmap(
-            z=shares,
-            zmin=0,
-            zmax=1,
-            coloraxis="coloraxis",
-            hovertemplate="layer %{y}, head %{x}: %{z:.1%} kept<extra></extra>",
-            row=index // _COLUMNS + 1,
-            col=index % _COLUMNS + 1,
+
+
+def _quality_point(quality: Quality, judged: bool) -> Point:
+    low, high = quality.interval if judged else (None, None)
+    value = quality.accuracy if judged else quality.agreement
+    return Point(name=quality.method, x=quality.kv_bytes / quality.dense_bytes, y=value, low=low, high=high)
+
+
+def length_charts(summary: pd.DataFrame) -> list[Chart]:
+    """Memory, time per output token and time to the first token; against the context length where there are several.
+
+    A run that was ended before any of it was measured has none.
+    """
+    measured = summary[summary["num_repeats"] > 0]
+    if measured.empty:
+        return []
+    mebi = measured.assign(kv_mebi=measured["kv_bytes_mean"] / MEBI)
+    return [
+        _against_length(mebi, "kv_mebi", "Memory", "KV cache after compression", "MiB"),
+        _against_length(
+            mebi,
+            "tpot_ms",
+            "TPOT",
+            "Time per output token: median, from the 10th to the 90th percentile",
+            "ms",
+            ("tpot_ms_p10", "tpot_ms_p90"),
+        ),
+        _against_length(mebi, "ttft_ms_median", "TTFT", "Time to the first token: reading and compressing", "ms"),
+    ]
+
+
+def _against_length(
+    rows: pd.DataFrame, column: str, title: str, caption: str, unit: Unit, ends: tuple[str, str] | None = None
+) -> Chart:
+    lengths = rows["num_tokens"].unique()
+    if len(lengths) == 1:
+        values = [[value] for value in rows[column]]
+        axis = Axis(label=unit, unit=unit)
+        series = RowSeries(name=title, shape="bar", values=values)
+        return RowChart(title=title, caption=f"{caption}.", x=axis, rows=list(rows["method"]), series=[series])
+    styles = style_by_method(rows["method"].unique())
+    curves = [
+        Curve(
+            name="full cache" if method == FULL else str(method),
+            style=styles[str(method)],
+            points=[
+                Point(
+                    name="full cache" if method == FULL else str(method),
+                    x=row["num_tokens"],
+                    y=row[column],
+                    low=row[ends[0]] if ends else None,
+                    high=row[ends[1]] if ends else None,
+                )
+                for _, row in several.sort_values("num_tokens").iterrows()
+            ],
         )
-    figure.update_xaxes(title="KV head", dtick=1 if len(first[0]) <= 16 else None)
-    figure.update_yaxes(title="layer", dtick=1 if len(first) <= 16 else None, autorange="reversed")
-    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"tickformat": ".0%"}})
-    figure = styled(figure, "What was kept, by layer and head")
-    return figure.update_layout(height=90 + 260 * num_rows, showlegend=False)
+        for method, several in rows.groupby("method", sort=False)
+    ]
+    return CurveChart(
+        title=title,
+        caption=f"{caption}, by context length.",
+        x=Axis(label="tokens", unit="tokens", is_log=True),
+        y=Axis(label=unit, unit=unit),
+        curves=curves,
+    )
 
 
-def styled(figure: go.Figure, title: str) -> go.Figure:
-    """The look that all figures share."""
-    return figure.update_layout(title=title, template="plotly_white", height=460, margin={"l": 70, "r": 30, "t": 70, "b": 60})
+def kept_by_head(kept: Mapping[str, list[list[float]]]) -> HeadChart:
+    """The share of the tokens that every KV head keeps, by method ``[layers][heads]``."""
+    return HeadChart(
+        title="Kept, by layer and head",
+        caption="Share of the tokens that every KV head keeps: layers from top to bottom, heads from left to right.",
+        panels={method: shares for method, shares in kept.items() if method != FULL},
+    )

@@ -1,18 +1,19 @@
-"""A study as tables, figures and a page."""
+"""A study as tables and a page."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
+from pikv.evaluation.report.charts import Chart
 from pikv.evaluation.report.page import write_page
-from pikv.evaluation.report.plots import kept_by_head, styled
+from pikv.evaluation.report.plots import kept_by_head, quality_against_bytes
+from pikv.evaluation.report.samples import sample_data
+from pikv.evaluation.report.study_plots import compression_reached, mean_kept, time_taken
 from pikv.evaluation.report.tables import Column, Table, make_table, mebibytes, percent, saved, times
-from pikv.evaluation.results import Measurement, Result
+from pikv.evaluation.results import Result
 from pikv.evaluation.summary import measurements_frame, summary_frame
 
 NOTE = (
@@ -123,79 +124,26 @@ def _pairs(pairs: Sequence[tuple[str, str]], summary: pd.DataFrame) -> list[Tabl
 
 
 def write_study(result: Result, path: Path) -> None:
-    """Writes the report: figures, tables, and what it takes to measure it again."""
+    """Writes the report: charts, tables, samples, and what it takes to measure it again."""
     summary, config = summary_frame(result), result.config
     measured = summary[summary["num_repeats"] > 0]
-    figures = [compression_reached(measured), time_taken(measurements_frame(result), measured)]
-    if result.quality:
-        figures.append(quality_against_bytes(summary[summary["num_answers"] > 0]))
+    charts: list[Chart] = [quality_against_bytes(result.quality)] if result.quality else []
     write_page(
         "study.html",
         path,
         result,
-        figures=[*figures, kept_by_head(mean_kept(result.measurements))],
+        charts=[
+            *charts,
+            compression_reached(measured),
+            time_taken(measurements_frame(result), measured),
+            kept_by_head(mean_kept(result.measurements)),
+        ],
+        samples=sample_data(result.quality),
         name=result.name,
-        description=result.description,
+        heading=f"{result.name}: {result.description}",
         lead=f"{len(result.methods)} presses on {config['model']}, data set {config['data']}, {_repeats(config)}.",
         highlights=result.highlights,
         tables=study_tables(result),
         expected=[] if result.expected is None else [result.expected],
         note=NOTE,
     )
-
-
-def mean_kept(measurements: Sequence[Measurement]) -> dict[str, list[list[float]]]:
-    """The share of the tokens kept by method, layer and KV head, mean over the repeats."""
-    by_method: dict[str, list[list[list[float]]]] = {}
-    for measurement in measurements:
-        by_method.setdefault(measurement.method, []).append(measurement.kept)
-    return {method: np.mean(several, axis=0).tolist() for method, several in by_method.items()}
-
-
-def compression_reached(summary: pd.DataFrame) -> go.Figure:
-    """The shares of tokens and bytes removed; the bars at their ends are standard deviations."""
-    figure = go.Figure()
-    for column, name in (("tokens_removed", "tokens removed"), ("bytes_removed", "bytes removed")):
-        figure.add_bar(
-            name=name,
-            x=summary["method"],
-            y=summary[f"{column}_mean"],
-            error_y=_deviations(summary[f"{column}_std"]),
-        )
-    figure.update_layout(barmode="group")
-    figure.update_yaxes(title="share removed", tickformat=".0%")
-    return styled(figure, "Compression reached")
-
-
-def time_taken(frame: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
-    """What each press added to the forward pass: every repeat as a point, and the median."""
-    figure = go.Figure()
-    figure.add_bar(name="median", x=summary["method"], y=summary["compression_ms_median"], opacity=0.5)
-    figure.add_scatter(name="repeat", x=frame["method"], y=frame["compression_ms"], mode="markers")
-    figure.update_yaxes(title="added to the forward pass (ms)")
-    return styled(figure, "Time of compression")
-
-
-def quality_against_bytes(summary: pd.DataFrame) -> go.Figure:
-    """Accuracy, with its interval, over the share of the bytes that is still held; diamonds are combinations."""
-    figure = go.Figure()
-    for _, row in summary.iterrows():
-        figure.add_scatter(
-            name=_label(row),
-            x=[1 - row["quality_kv_removed"]],
-            y=[row["accuracy"]],
-            mode="markers",
-            marker={"size": 12, "symbol": "diamond" if row["is_combined"] else "circle"},
-            error_y={
-                "type": "data",
-                "array": [row["accuracy_high"] - row["accuracy"]],
-                "arrayminus": [row["accuracy"] - row["accuracy_low"]],
-            },
-        )
-    figure.update_xaxes(title="KV bytes held, share of an uncompressed cache", tickformat=".0%")
-    figure.update_yaxes(title="accuracy", tickformat=".0%", range=[-0.05, 1.1])
-    return styled(figure, "Quality against memory")
-
-
-def _deviations(values: pd.Series) -> dict[str, Any]:
-    return {"type": "data", "array": values.fillna(0), "thickness": 1}
