@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-CHUNK, TOKENS, HEADS, DIM = 1024, 32_768, 8, 128
+CHUNK, TOKENS, HEADS, DIM = 512, 32_768, 8, 128
 BLOCK = TOKENS * DIM * 4 * 2  # bytes of the one long row's keys and values
 SCRIPT = f"""
 import json, torch

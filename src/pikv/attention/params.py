@@ -65,7 +65,7 @@ class AttentionParams:
 
 
 def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax of logits ``[m, L]`` beside a sink each ``[m]``; written over them, piece by piece, unless they have gradients."""
+    """The softmax of logits ``[m, L]`` beside a sink each ``[m]``; written over them in pieces, unless they have gradients."""
 
     def of_rows(rows: slice) -> Tensor:
         part = logits[rows]

@@ -70,6 +70,7 @@ class LeverageScorer(Scorer):
                 return centred if matrix is None else centred @ matrix
 
             width = dim if matrix is None else matrix.shape[2]
+            # In this type, points that are not much smaller than keys would take as much as the cache does.
             may_hold = 2 * width * mean.itemsize <= view.kept.bytes_per_token
             gram, points_of = _gram(points_of, block.length, size, may_hold)
             factor = _cholesky(gram)
@@ -79,7 +80,7 @@ class LeverageScorer(Scorer):
                 found[:, part] = solved.square_().sum(1)
             return found
 
-        return view.by_block(leverage, numbers_per_token=8 * dim)  # in this type, all keys together would outgrow the cache
+        return view.by_block(leverage, numbers_per_token=8 * dim)
 
     def _sketch(self, view: LayerView, dim: int) -> Tensor:
         """A random matrix for every KV head, ``[G, D, sketch_dimension]``."""
@@ -89,11 +90,13 @@ class LeverageScorer(Scorer):
         return sketch
 
 
-def _gram(points_of: Callable[[slice], Tensor], length: int, size: int, may_hold: bool) -> tuple[Tensor, Callable[[slice], Tensor]]:
-    """The products of all channels ``[n, k, k]`` of points ``[n, t, k]``, made by ``size`` tokens, and what tells the points again.
+def _gram(
+    points_of: Callable[[slice], Tensor], length: int, size: int, may_hold: bool
+) -> tuple[Tensor, Callable[[slice], Tensor]]:
+    """The products of all channels ``[n, k, k]`` of points ``[n, t, k]``, made by ``size`` tokens, and what tells points again.
 
-    Points that may be held are made once. Others are made again when they are asked for, and their products are added up, which
-    rounds differently.
+    Points that may be held are made once. Others are made again when they are asked for, and their products are added up,
+    which rounds differently.
     """
     first, *others = tiles(length, size)
     points = points_of(first)

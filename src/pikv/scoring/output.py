@@ -20,7 +20,7 @@ def output_norms(view: LayerView) -> Tensor:
         dim = block.values.shape[2]
         weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim))
         found = torch.zeros((len(block.row_ids), block.length, group), device=block.values.device)
-        size = max(1, block.tile_elements // weight.shape[-1])
+        size = max(1, block.tile_elements // (2 * weight.shape[-1]))
         for row, head in enumerate(block.heads):
             for member in range(group):
                 projection = weight[head, member].float()
