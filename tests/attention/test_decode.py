@@ -6,7 +6,7 @@ import torch
 import formats
 from pikv.attention.eager import attend_eagerly
 from pikv.attention.params import AttentionParams
-from pikv.attention.partial import BLOCK_ELEMENTS as _BLOCK_ELEMENTS
+from pikv.attention.tiles import tile_elements
 from pikv.cache.attend import attend_rows
 from pikv.cache.reference import attend_rows_reference
 from pikv.cache.rows import RaggedRows
@@ -94,7 +94,7 @@ def test_no_large_matrix_of_weights_exists(monkeypatch):
     found = attend_eagerly(torch.randn(1, 2, 3000, 4), keys, keys, params, None)
     assert found.shape == (1, 2, 3000, 4)
     assert len(sizes) > 1
-    assert max(sizes) <= _BLOCK_ELEMENTS
+    assert max(sizes) <= tile_elements(2 * keys.nbytes)
 
 
 @pytest.fixture

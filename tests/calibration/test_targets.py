@@ -65,7 +65,7 @@ def test_future_attention_agrees_with_eager_attention(model):
 
 def test_in_small_blocks_as_in_one(llama, monkeypatch):
     at_once = [reading.future_attention for reading in read_sample(llama, sample())]
-    monkeypatch.setattr("pikv.calibration.targets._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("pikv.calibration.targets.tile_elements", lambda num_bytes: 1)
     for reading, expected in zip(read_sample(llama, sample()), at_once, strict=True):
         torch.testing.assert_close(reading.future_attention, expected, atol=1e-5, rtol=1e-5)
 

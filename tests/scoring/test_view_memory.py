@@ -9,7 +9,6 @@ from pikv.budget.adaptive import AdaptiveHeadBudget
 from pikv.budget.amount import Amount
 from pikv.budget.uniform import UniformBudget
 from pikv.cache.rows import RaggedRows
-from pikv.core import MAX_NUMBERS
 from pikv.presses.cake import CAKEScorer, LayerPreferenceBudget
 from pikv.presses.chunk import ByChunkScorer
 from pikv.presses.chunkkv import WholeChunksScorer
@@ -29,6 +28,7 @@ from pikv.scoring.position import PositionScorer
 from pikv.scoring.window import WindowScorer
 
 LONGEST, KV_HEADS, GROUP, DIM, NUM_NEW = 32_768, 8, 4, 64, 48
+MOST = LONGEST * DIM  # as many numbers as the longest row's keys: half a block
 SCORERS = {
     "position": PositionScorer(),
     "knorm": KeyNormScorer(),
@@ -86,23 +86,23 @@ def largest_while(work):
 
 
 def test_a_rectangle_would_show(skewed):
-    assert largest_while(lambda: torch.zeros(KV_HEADS, LONGEST, DIM)) > 3 * MAX_NUMBERS
+    assert largest_while(lambda: torch.zeros(KV_HEADS, LONGEST, DIM)) > 3 * MOST
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_are_made_block_by_block(skewed, name):
-    assert largest_while(lambda: SCORERS[name].score(skewed)) <= MAX_NUMBERS
+    assert largest_while(lambda: SCORERS[name].score(skewed)) <= MOST
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_scores_are_made_block_by_block(skewed, name):
-    assert largest_while(lambda: get_expert(name).rank_scores(skewed)) <= MAX_NUMBERS
+    assert largest_while(lambda: get_expert(name).rank_scores(skewed)) <= MOST
 
 
 def test_shares_are_found_block_by_block(skewed):
-    assert largest_while(lambda: LayerPreferenceBudget(Amount()).preference(skewed)) <= MAX_NUMBERS
+    assert largest_while(lambda: LayerPreferenceBudget(Amount()).preference(skewed)) <= MOST
     budget, scores = AdaptiveHeadBudget(UniformBudget(Amount(0.5))), KeyNormScorer().score(skewed)
-    assert largest_while(lambda: budget.counts(skewed, scores, budget.target_lengths(skewed))) <= MAX_NUMBERS
+    assert largest_while(lambda: budget.counts(skewed, scores, budget.target_lengths(skewed))) <= MOST
 
 
 @pytest.mark.parametrize("name", ["snapkv", "cake", "tova", "expected", "keydiff", "leverage", "noncausal", "lagkv", "h2o"])
@@ -112,7 +112,7 @@ def test_pieces_of_rows_score_as_all_rows_together(monkeypatch, name):
     rows.append(*torch.randn(2, 2, KV_HEADS, 300, DIM, generator=generator))
     queries = torch.randn(2, KV_HEADS * GROUP, 40, DIM, generator=generator)
     expected = SCORERS[name].score(view_of(rows, queries, torch.randn(2, 40, HIDDEN, generator=generator)))
-    for module in ("pikv.core", "pikv.scoring.window"):
-        monkeypatch.setattr(f"{module}.MAX_NUMBERS", 1)
+    monkeypatch.setattr("pikv.core.views.tile_elements", lambda num_bytes: 1)
+    monkeypatch.setattr("pikv.attention.mass.tile_elements", lambda num_bytes: 1)
     found = SCORERS[name].score(view_of(rows, queries, torch.randn(2, 40, HIDDEN, generator=generator)))
     torch.testing.assert_close(found, expected)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
-from pikv.attention.partial import BLOCK_ELEMENTS
+from pikv.attention.tiles import tile_elements
 
 
 def attend_eagerly(queries: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, visible: Tensor | None) -> Tensor:
@@ -25,7 +25,7 @@ def attend_eagerly(queries: Tensor, keys: Tensor, values: Tensor, params: Attent
     params = params.for_rows(range(batch * heads), heads)
     queries = queries.reshape(batch * heads, num_heads // heads, num_queries, -1)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    size = max(1, BLOCK_ELEMENTS // (batch * num_heads * length))
+    size = max(1, tile_elements(keys.nbytes + values.nbytes) // (batch * num_heads * length))
     blocks = []
     for start in range(0, num_queries, size):
         block = queries[:, :, start : start + size]

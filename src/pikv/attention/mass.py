@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
+from pikv.attention.tiles import tile_elements
 
-_BLOCK_ELEMENTS = 1 << 22  # numbers that exist at a time
 _QUERIES_PER_TILE, _KEYS_PER_TILE = 256, 512  # a tile of scores that stays in the processor's cache
 
 
@@ -29,12 +29,14 @@ def attention_mass(
     Returns:
         ``[n, L]`` (float32)
     """
-    num_rows, group, num_queries, dim = queries.shape
+    num_rows, group, _, dim = queries.shape
     length = keys.shape[1]
     is_fast = logsumexp is not None and params.is_plain and _is_plain_prefill(key_positions, query_positions)
-    num_at_once = max(1, _BLOCK_ELEMENTS // (num_rows * group * length))
+    num_elements = tile_elements(2 * keys.nbytes)  # there are values, too
+    num_at_once = max(1, num_elements // (2 * num_rows * group * length))  # products, and their softmax
     mass = torch.zeros((num_rows, length), device=keys.device)
-    size = max(1, _BLOCK_ELEMENTS // ((dim + 1) * (length + (group * num_queries if is_fast else 0))))
+    buffered = group * _QUERIES_PER_TILE * _KEYS_PER_TILE if is_fast else 0
+    size = max(1, num_elements // ((dim + 1) * length + buffered))
     for start in range(0, num_rows, size):
         rows = slice(start, start + size)
         if is_fast:
@@ -58,9 +60,11 @@ def _mass(
         # Keys beyond the newest of these queries are seen by none of them.
         reach = int((key_positions <= positions.max()).sum(1).max())
         place = key_positions[:, None, :reach]
-        visible = (place >= 0) & (place <= positions.unsqueeze(2))
-        weights = params.weights_of_rows(queries[:, :, start : start + num_at_once], keys[:, :reach], visible)
-        mass[:, :reach] += weights.sum(2).mean(1)
+        visible = place <= positions.unsqueeze(2)
+        visible &= place >= 0
+        # Not under a name: it would still be there while the next weights are made.
+        asked = queries[:, :, start : start + num_at_once]
+        mass[:, :reach] += params.weights_of_rows(asked, keys[:, :reach], visible).sum(2).mean(1)
     return mass
 
 
@@ -77,14 +81,14 @@ def _is_plain_prefill(key_positions: Tensor, query_positions: Tensor) -> bool:
 def _mass_of_prefill(queries: Tensor, keys: Tensor, scaling: float, logsumexp: Tensor) -> Tensor:
     """The probability of a score is exp(score - logsumexp); one more dimension lets the matrix product subtract."""
     rows, group, num_tokens, _ = queries.shape
-    extended = torch.cat([queries.float() * scaling, -logsumexp.float().unsqueeze(3)], dim=3)
     ones = keys.new_ones((rows, num_tokens, 1), dtype=torch.float32)
-    transposed = torch.cat([keys.float(), ones], dim=2).transpose(1, 2)
+    transposed = torch.cat([keys, ones], dim=2).transpose(1, 2)
     mass = torch.zeros((rows, num_tokens), device=keys.device)
     buffer = torch.empty(rows * group * _QUERIES_PER_TILE * _KEYS_PER_TILE, device=keys.device)
     for start in range(0, num_tokens, _QUERIES_PER_TILE):
         stop = min(start + _QUERIES_PER_TILE, num_tokens)
-        block = extended[:, :, start:stop].reshape(rows, group * (stop - start), -1)
+        asked, logs = queries[:, :, start:stop].float() * scaling, logsumexp[:, :, start:stop].float()
+        block = torch.cat([asked, -logs.unsqueeze(3)], dim=3).flatten(1, 2)
         for first in range(0, stop, _KEYS_PER_TILE):
             last = min(first + _KEYS_PER_TILE, stop)
             tile = buffer[: rows * block.shape[1] * (last - first)].view(rows, block.shape[1], last - first)

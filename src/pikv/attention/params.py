@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pikv.attention.tiles import LEAST_ELEMENTS
 from pikv.indices import index_tensor
 
 
@@ -45,15 +46,38 @@ class AttentionParams:
         logits: Tensor = self.logits(queries.flatten(1, 2), keys).unflatten(1, queries.shape[1:3])
         hidden = ~visible.unsqueeze(1)
         logits.masked_fill_(hidden, float("-inf"))
-        if self.sinks is None:
-            return logits.softmax(-1).masked_fill(hidden, 0.0)
-        total = logits.logsumexp(-1).logaddexp(self.sinks.float().unsqueeze(2))
-        return (logits - total.unsqueeze(-1)).exp()
+        sinks = None if self.sinks is None else self.sinks.float().unsqueeze(2).expand(logits.shape[:3]).flatten()
+        weights = _softmax(logits.flatten(0, 2), sinks).view_as(logits)
+        if sinks is not None:
+            return weights
+        return weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
 
     def to(self, device: torch.device) -> "AttentionParams":
         return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled and soft-capped products, ``[..., T, L]`` (float32), of queries ``[..., T, D]`` and keys ``[..., L, D]``."""
-        products = queries.float() @ keys.float().transpose(-1, -2) * self.scaling
-        return products if self.softcap is None else (products / self.softcap).tanh() * self.softcap
+        products = (queries.float() @ keys.float().transpose(-1, -2)).mul_(self.scaling)
+        if self.softcap is None:
+            return products
+        capped = products.div_(self.softcap).tanh_()
+        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of logits ``[m, L]`` beside a sink each ``[m]``; written over them in pieces, unless they have gradients."""
+
+    def of_rows(rows: slice) -> Tensor:
+        part = logits[rows]
+        if sinks is None:
+            return part.softmax(-1)
+        total = part.logsumexp(-1).logaddexp(sinks[rows])
+        return (part - total.unsqueeze(-1)).exp_()
+
+    if logits.requires_grad or logits.numel() <= LEAST_ELEMENTS:
+        return of_rows(slice(None))
+    size = max(1, LEAST_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        logits[rows] = of_rows(rows)
+    return logits

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
-
-BLOCK_ELEMENTS = 1 << 22  # attention weights that exist at a time
+from pikv.attention.tiles import tile_elements
 
 
 def attend_part(
@@ -69,7 +68,7 @@ def _attend_eagerly(
     """In plain arithmetic, for what torch's fused kernels do not know; in blocks of queries."""
     num_rows, group, num_new, _ = queries.shape
     length = keys.shape[1]
-    size = max(1, BLOCK_ELEMENTS // (num_rows * group * length))
+    size = max(1, tile_elements(keys.nbytes + values.nbytes) // (num_rows * group * length))
     places = torch.arange(length, device=keys.device)
     outputs, logs = [], []
     for start in range(0, num_new, size):

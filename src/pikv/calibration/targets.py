@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv.attention.tiles import tile_elements
 from pikv.calibration.samples import CalibrationSample
 from pikv.core import AttentionCall, LayerView
 from pikv.hf.cache import PiKVCache
@@ -14,8 +15,6 @@ from pikv.hf.hooks import observe
 from pikv.hf.support import ragged_layers
 from pikv.scoring.base import norms
 from pikv.scoring.output import output_norms
-
-_BLOCK_ELEMENTS = 1 << 22  # attention weights that exist at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +64,7 @@ def future_attention(view: LayerView, call: AttentionCall, counted_queries: Sequ
     for block in call.rows.kept().blocks:
         keys = block.load()[0]
         params = call.params.for_rows(block.row_ids, call.rows.num_kv_heads)
-        size = max(1, _BLOCK_ELEMENTS // (len(block.row_ids) * queries.shape[1] * block.length))
+        size = max(1, tile_elements(2 * keys.nbytes) // (len(block.row_ids) * queries.shape[1] * block.length))
         for start in range(0, len(counted_queries), size):
             visible = block.positions[:, None, :] <= positions[start : start + size, None]
             asked = queries[block.selector, :, start : start + size]

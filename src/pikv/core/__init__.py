@@ -7,10 +7,9 @@ Shapes, here and everywhere: ``B`` batch, ``H`` query heads, ``G`` KV heads, ``T
 from pikv.core.call import AttentionCall
 from pikv.core.decision import Decision, Kept, plain_arithmetic
 from pikv.core.needs import Needs, Reread
-from pikv.core.views import MAX_NUMBERS, BlockView, LayerView
+from pikv.core.views import BlockView, LayerView
 
 __all__ = [
-    "MAX_NUMBERS",
     "AttentionCall",
     "BlockView",
     "Decision",

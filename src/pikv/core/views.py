@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pikv.attention.params import AttentionParams
+from pikv.attention.tiles import tile_elements
 from pikv.cache.kept import KeptTokens, TokenBlock
 from pikv.cache.row_state import ContiguousPositions, RowState
 from pikv.core.call import AttentionCall
-
-MAX_NUMBERS = 1 << 22
-"""Upper bound on the elements of temporary tensors in blockwise computations."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,26 +146,26 @@ class BlockView:
     Keys and values are read when they are asked for.
     """
 
-    def __init__(self, view: LayerView, block: TokenBlock) -> None:
+    def __init__(self, view: LayerView, block: TokenBlock, num_elements: int | None = None) -> None:
         self.view = view
         self.block = block
         self.row_ids = block.row_ids
         self.positions = block.positions
         self.length = block.length
+        self.tile_elements = num_elements or tile_elements(len(block.row_ids) * block.length * view.kept.bytes_per_token)
+        """How many elements a temporary tensor may have, see ``pikv.attention.tiles``."""
 
     def pieces(self, numbers_per_token: int) -> Iterator[BlockView]:
         """Views of some rows at a time, so few that ``numbers_per_token`` for each of their tokens are not too many."""
         num_rows = len(self.row_ids)
-        size = max(1, MAX_NUMBERS // max(1, numbers_per_token * self.length))
+        size = max(1, self.tile_elements // max(1, numbers_per_token * self.length))
         if size >= num_rows:
             yield self
             return
         for start in range(0, num_rows, size):
             rows = slice(start, start + size)
-            yield BlockView(
-                self.view,
-                TokenBlock(row_ids=self.row_ids[rows], positions=self.positions[rows], load=partial(self._load, rows)),
-            )
+            some = TokenBlock(row_ids=self.row_ids[rows], positions=self.positions[rows], load=partial(self._load, rows))
+            yield BlockView(self.view, some, self.tile_elements)
 
     def _load(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The keys and values of some of the rows."""

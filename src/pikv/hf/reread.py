@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pikv.attention.capture import CaptureLogSumExp
-from pikv.core import MAX_NUMBERS, AttentionCall, BlockView, LayerView, Reread, plain_arithmetic
+from pikv.core import AttentionCall, BlockView, LayerView, Reread, plain_arithmetic
 from pikv.hf.hooks import ForwardInputs, observe
 from pikv.hf.shape import num_positions
 
@@ -129,7 +129,7 @@ def _most_of_row(block: BlockView, row: int, keys: Tensor, places: Tensor, visib
     params = replace(block.params, sinks=None if sinks is None else sinks[rows])
     queries, positions = block.queries[rows], block.query_positions[rows]
     most = torch.zeros(len(keys), device=keys.device)
-    size = max(1, MAX_NUMBERS // (queries.shape[1] * len(keys)))
+    size = max(1, block.tile_elements // (queries.shape[1] * len(keys)))
     for start in range(0, queries.shape[2], size):
         seen = visible & (places <= positions[:, start : start + size].unsqueeze(2))
         weights = params.weights_of_rows(queries[:, :, start : start + size], keys.unsqueeze(0), seen)

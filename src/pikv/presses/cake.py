@@ -87,10 +87,11 @@ class LayerPreferenceBudget(JointBudget):
         is_query = weights.sum(3, keepdim=True) > 0
         num_queries = is_query.sum(2).clamp(min=1)
         in_window = block.positions >= (block.seen - self.window_size).unsqueeze(1)
-        weights = weights.masked_fill(in_window[:, None, None], 0.0)
-        entropy = -(weights * weights.clamp(min=1e-30).log()).sum((2, 3)) / num_queries[..., 0]
+        weights = weights.masked_fill_(in_window[:, None, None], 0.0)  # nobody else has them
+        entropy = -weights.clamp(min=1e-30).log_().mul_(weights).sum((2, 3)) / num_queries[..., 0]
         mean = weights.sum(2) / num_queries
-        variance = (((weights - mean.unsqueeze(2)) * is_query).square().sum(2) / num_queries).sum(-1)
+        deviations = weights.sub_(mean.unsqueeze(2)).mul_(is_query)
+        variance = (deviations.square_().sum(2) / num_queries).sum(-1)
         return torch.stack([entropy, variance], dim=-1)
 
     def share(self, layers: Sequence[ScoredLayer], num_layers: int) -> list[Tensor]:

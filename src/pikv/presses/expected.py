@@ -67,7 +67,7 @@ class ExpectedAttentionScorer(Scorer):
         logits = mean @ keys.mT * scaling
         if covariance is not None:
             for member in range(logits.shape[1]):
-                logits[:, member] += ((keys @ covariance[:, member]) * keys).sum(-1) * (scaling**2 / 2)
+                logits[:, member] += (keys @ covariance[:, member]).mul_(keys).sum(-1) * (scaling**2 / 2)
         is_sink = (block.positions < self.n_sink).unsqueeze(1)
         return logits.masked_fill(is_sink, float("-inf")).softmax(-1).mean(1)
 

@@ -42,20 +42,25 @@ class LagScorer(Scorer):
         if num_partitions == 1:
             return recency
         stop = self.n_sink + num_partitions * self.lag_size
-        shares = [_shares(states[:, self.n_sink : stop].float(), self.lag_size) for states in (keys, values)]
-        scores = (shares[0] + shares[1]) / 2
+        partitions = [states[:, self.n_sink : stop].unflatten(1, (-1, self.lag_size)) for states in (keys, values)]
+        # A few partitions at a time, each with the next one: what they are measured by takes several copies.
+        size = max(1, block.tile_elements // (4 * num_rows * self.lag_size * keys.shape[2]))
+        scores = recency.new_empty((num_rows, num_partitions - 1, self.lag_size))
+        for start in range(0, num_partitions - 1, size):
+            end = min(start + size, num_partitions - 1)
+            of_keys, of_values = (_shares(states[:, start : end + 1].float()) for states in partitions)
+            scores[:, start:end] = (of_keys + of_values) / 2
         if not self.cross_scoring:
             scores = scores.argsort(dim=2, stable=True).argsort(dim=2) / self.lag_size
         recency[:, self.n_sink : stop - self.lag_size] = scores.flatten(1)
         return recency
 
 
-def _shares(states: Tensor, lag_size: int) -> Tensor:
-    """Each token's share of its partition, for all partitions but the last, ``[n, partitions - 1, lag_size]``."""
-    partitions = states.unflatten(1, (-1, lag_size))
+def _shares(partitions: Tensor) -> Tensor:
+    """Each token's share of its partition, for all ``[n, p, lag_size, D]`` but the last, ``[n, p - 1, lag_size]``."""
     low, high = partitions[:, 1:].aminmax(dim=2, keepdim=True)
     # A channel that does not change within the next partition has no range to measure by.
-    relative = (partitions[:, :-1] - low) / (high - low).clamp(min=_SMALLEST_RANGE)
+    relative = (partitions[:, :-1] - low).div_((high - low).clamp_(min=_SMALLEST_RANGE))
     shares: Tensor = relative.std(dim=3).softmax(dim=2)
     return shares
 

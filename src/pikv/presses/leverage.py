@@ -1,5 +1,6 @@
 """Leverage scores: keys that point where few others do stay (Compactor, arXiv 2507.08143)."""
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from pikv.attention.tiles import sum_tokens, tiles
 from pikv.budget.amount import Limits
 from pikv.checks import check_count
 from pikv.core import BlockView, LayerView, Needs
@@ -47,18 +49,38 @@ class LeverageScorer(Scorer):
             sketch = self._sketch(view, dim).to(view.kept.device, dtype)
 
         def leverage(block: BlockView) -> Tensor:
-            keys = block.keys.float()
-            if self.rotary is not None:
-                keys = self.rotary.rotate(keys, -block.of_rows(places), view.layer_idx)
-            keys = keys.to(dtype)
-            keys = keys - keys.sum(1, keepdim=True) / max(1, block.length)
-            if sketch is not None:
-                keys = keys @ sketch[block.heads]
-            factor = _cholesky(keys.mT @ keys)
-            solved: Tensor = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
-            return solved.square().sum(1).float()
+            its_places = block.of_rows(places)
+            size = max(1, block.tile_elements // (32 * dim * len(block.row_ids)))
 
-        return view.by_block(leverage, numbers_per_token=8 * dim)  # in this type, all keys together would outgrow the cache
+            def keys_of(tokens: slice) -> Tensor:
+                found = block.keys.new_empty((len(block.row_ids), tokens.stop - tokens.start, dim), dtype=dtype)
+                for part in tiles(found.shape[1], size):
+                    own = slice(tokens.start + part.start, tokens.start + part.stop)
+                    keys = block.keys[:, own].float()
+                    if self.rotary is not None:
+                        keys = self.rotary.rotate(keys, -its_places[:, own], view.layer_idx)
+                    found[:, part] = keys
+                return found
+
+            mean = sum_tokens(block.length, keys_of) / max(1, block.length)
+            matrix = None if sketch is None else sketch[block.heads]
+
+            def points_of(tokens: slice) -> Tensor:
+                centred = keys_of(tokens).sub_(mean)
+                return centred if matrix is None else centred @ matrix
+
+            width = dim if matrix is None else matrix.shape[2]
+            # In this type, points that are not much smaller than keys would take as much as the cache does.
+            may_hold = 2 * width * mean.itemsize <= view.kept.bytes_per_token
+            gram, points_of = _gram(points_of, block.length, size, may_hold)
+            factor = _cholesky(gram)
+            found = mean.new_empty((len(block.row_ids), block.length), dtype=torch.float32)
+            for part in tiles(block.length, size):
+                solved = torch.linalg.solve_triangular(factor, points_of(part).mT, upper=False)
+                found[:, part] = solved.square_().sum(1)
+            return found
+
+        return view.by_block(leverage, numbers_per_token=8 * dim)
 
     def _sketch(self, view: LayerView, dim: int) -> Tensor:
         """A random matrix for every KV head, ``[G, D, sketch_dimension]``."""
@@ -66,6 +88,30 @@ class LeverageScorer(Scorer):
         shape = (view.kept.shape[1], dim, self.sketch_dimension)
         sketch: Tensor = torch.randn(shape, generator=generator) / self.sketch_dimension**0.5
         return sketch
+
+
+def _gram(
+    points_of: Callable[[slice], Tensor], length: int, size: int, may_hold: bool
+) -> tuple[Tensor, Callable[[slice], Tensor]]:
+    """The products of all channels ``[n, k, k]`` of points ``[n, t, k]``, made by ``size`` tokens, and what tells points again.
+
+    Points that may be held are made once. Others are made again when they are asked for, and their products are added up,
+    which rounds differently.
+    """
+    first, *others = tiles(length, size)
+    points = points_of(first)
+    if may_hold or not others:
+        held = points if not others else points.new_empty((len(points), length, points.shape[2]))
+        for part in others:
+            held[:, part] = points_of(part)
+        if others:
+            held[:, first] = points
+        return held.mT @ held, lambda tokens: held[:, tokens]
+    gram = points.mT @ points
+    for part in others:
+        points = points_of(part)
+        gram += points.mT @ points
+    return gram, points_of
 
 
 def _cholesky(gram: Tensor) -> Tensor:

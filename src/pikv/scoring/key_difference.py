@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from pikv.core import MAX_NUMBERS, BlockView, LayerView, Needs
+from pikv.attention.tiles import sum_tokens, tiles
+from pikv.core import BlockView, LayerView, Needs
 from pikv.scoring.base import Scorer
 
 
@@ -18,8 +19,11 @@ class KeyDifferenceScorer(Scorer):
         return view.by_block(self._score_rows, numbers_per_token=4 * dim)
 
     def _score_rows(self, block: BlockView) -> Tensor:
-        keys = block.keys.float()
-        anchor = normalize(keys, dim=-1).sum(1, keepdim=True)
+        keys = block.keys
+        anchor = sum_tokens(block.length, lambda tokens: normalize(keys[:, tokens].float(), dim=-1))
         # Piece by piece: what is compared is copied several times.
-        pieces = keys.split(max(1, MAX_NUMBERS // (4 * keys.shape[0] * keys.shape[2])), dim=1)
-        return -torch.cat([cosine_similarity(piece, anchor, dim=-1) for piece in pieces], dim=1)
+        size = max(1, block.tile_elements // (8 * keys.shape[0] * keys.shape[2]))
+        found = keys.new_empty(keys.shape[:2], dtype=torch.float32)
+        for part in tiles(block.length, size):
+            found[:, part] = cosine_similarity(keys[:, part].float(), anchor, dim=-1).neg_()
+        return found

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pikv.core import MAX_NUMBERS, BlockView, LayerView
+from pikv.core import BlockView, LayerView
 
 _NAMES = ("o_proj", "out_proj", "c_proj", "dense")
 
@@ -18,14 +18,15 @@ def output_norms(view: LayerView) -> Tensor:
 
     def norms(block: BlockView) -> Tensor:
         dim = block.values.shape[2]
-        weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim)).float()
+        weight = _output_projection(view.module, heads * group * dim).unflatten(0, (heads, group, dim))
         found = torch.zeros((len(block.row_ids), block.length, group), device=block.values.device)
-        size = max(1, MAX_NUMBERS // weight.shape[-1])
+        size = max(1, block.tile_elements // (2 * weight.shape[-1]))
         for row, head in enumerate(block.heads):
-            for start in range(0, block.length, size):
-                values = block.values[row, start : start + size].float()
-                for member in range(group):
-                    found[row, start : start + size, member] = (values @ weight[head, member]).abs().sum(-1)
+            for member in range(group):
+                projection = weight[head, member].float()
+                for start in range(0, block.length, size):
+                    values = block.values[row, start : start + size].float()
+                    found[row, start : start + size, member] = (values @ projection).abs_().sum(-1)
         return found
 
     return view.by_block(norms).movedim(3, 2)

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d
 
 from pikv.cache.kept import KeptTokens
 from pikv.checks import check_count
-from pikv.core import MAX_NUMBERS, BlockView, LayerView
+from pikv.core import BlockView, LayerView
 from pikv.scoring.base import Scorer
 from pikv.scoring.position import ends_first
 
@@ -84,7 +84,7 @@ class LastQueries:
         """
         group = self.queries.shape[1]
         num_numbers = len(block.row_ids) * block.length * self.numbers_per_token
-        size = group if num_numbers <= MAX_NUMBERS else 1
+        size = group if num_numbers <= block.tile_elements else 1
         found = [reduce(self._weights(block, slice(first, first + size))) for first in range(0, group, size)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
