@@ -72,11 +72,11 @@ class LeverageScorer(Scorer):
             width = dim if matrix is None else matrix.shape[2]
             # In this type, points that are not much smaller than keys would take as much as the cache does.
             may_hold = 2 * width * mean.itemsize <= view.kept.bytes_per_token
-            gram, points_of = _gram(points_of, block.length, size, may_hold)
+            gram, held_points = _gram(points_of, block.length, size, may_hold)
             factor = _cholesky(gram)
             found = mean.new_empty((len(block.row_ids), block.length), dtype=torch.float32)
             for part in tiles(block.length, size):
-                solved = torch.linalg.solve_triangular(factor, points_of(part).mT, upper=False)
+                solved = torch.linalg.solve_triangular(factor, held_points(part).mT, upper=False)
                 found[:, part] = solved.square_().sum(1)
             return found
 
