@@ -36,7 +36,7 @@ tables: $(STAMP)  # writes the tables of presses in docs/
 test-kvpress: $(KVPRESS)/.installed  # beside kvpress, with the oldest transformers
 	$(KVPRESS)/bin/python -m pytest -n logical tests/interop tests/hf tests/presses
 
-# The wheel in environments of its own, outside of the repository: the library alone, then with the command.
+# The wheel in an environment of its own, outside of the repository: the library alone, with the command, with lm-evaluation-harness.
 test-package: $(STAMP)  # the wheel in clean environments
 	rm -rf build/dist build/package-venv
 	$(BIN)/python -m build --no-isolation --wheel --outdir build/dist .
@@ -44,7 +44,9 @@ test-package: $(STAMP)  # the wheel in clean environments
 	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl
 	cd build && $(CURDIR)/$(PACKAGE)/python ../tests/package/library.py
 	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/dist/*.whl)[cli]"
-	cd build && $(CURDIR)/$(PACKAGE)/pikv compare --methods "none,duo:0.5" --num-contexts 1 --long-context-length 1024 --out package-out
+	cd build && $(CURDIR)/$(PACKAGE)/pikv compare --methods "none,duo:0.5" --num-contexts 1 --long-context-length 1024
+	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/dist/*.whl)[eval]"
+	cd build && HF_HUB_OFFLINE=1 $(CURDIR)/$(PACKAGE)/python ../tests/documents.py ../docs/recipes/lm-eval.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import sys
+from pathlib import Path
 
 _EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\nIt prints:\n\n```\n(.*?)```)?", re.DOTALL)
 
@@ -27,5 +29,18 @@ def run_examples(text):
     return compared
 
 
+def main():
+    """Runs the pages that are named; ends with status 1 where one prints something else than it says."""
+    for path in sys.argv[1:]:
+        for expected, printed in run_examples(Path(path).read_text()):
+            if printed != expected:
+                sys.exit(f"{path} says\n{expected}\nand prints\n{printed}")
+        print(path, "prints what it says")
+
+
 def _lines(text):
     return [line.rstrip() for line in text.splitlines()]
+
+
+if __name__ == "__main__":
+    main()
