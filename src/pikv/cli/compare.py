@@ -11,7 +11,7 @@ from rich.console import Console
 from pikv.cli import notes
 from pikv.cli.options import folder
 from pikv.cli.progress import busy, load_libraries, progress_bars, roughly
-from pikv.cli.results import publish
+from pikv.cli.results import InterruptedRunError, publish
 from pikv.evaluation.defaults import (
     DEFAULT_METHODS,
     DEFAULT_TASK,
@@ -177,7 +177,7 @@ def compare_command(
         lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )
     if result.was_interrupted:
-        raise KeyboardInterrupt(f"what was finished is in {results}")
+        raise InterruptedRunError(f"what was finished is in {results}")
 
 
 def _default(asked: int | None, otherwise: int) -> int:

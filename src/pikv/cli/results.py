@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from pikv.evaluation.report.tables import Table
 
 
+class InterruptedRunError(Exception):
+    """The user ended a run; the message says where what was finished lies."""
+
+
 def publish(
     folder: Path,
     write: Callable[[Path], None],
