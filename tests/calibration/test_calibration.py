@@ -490,7 +490,7 @@ def test_several_lie_beside_a_model_and_each_press_takes_the_one_that_serves(lla
         assert (press.find_calibration(model)[0] is not None) == is_there
     own = random_calibration(llama, kinds=("base", "eplb"), experts=default_experts(3))
     add_calibration(model, own)
-    assert MoERouterPress(num_experts=3).find_calibration(model) == (own, "")
+    assert MoERouterPress(router_type="eplb", num_experts=3).find_calibration(model) == (own, "")
     assert MoERouterPress(num_experts=8).find_calibration(model)[1] == ""
     use_calibration(model, own)
     assert MoERouterPress(num_experts=8).find_calibration(model)[1].startswith("it was made for the experts aggressive, mod")
