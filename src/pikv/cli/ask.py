@@ -75,7 +75,8 @@ def ask_command(
     can_type = file != "-" and sys.stdin.isatty()
     if not questions and save is None and not can_type:
         raise ValueError(
-            "there is no question: give --question or --questions-file, or --save for later; on a terminal you are asked for them"
+            "there is no question: give --question or --questions-file, or --save to ask later; on a terminal you are asked "
+            "for them"
         )
     if save is not None:
         _check_new(save)

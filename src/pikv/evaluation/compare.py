@@ -22,7 +22,7 @@ from pikv.evaluation.defaults import (
     THOROUGH_LONG_CONTEXT_LENGTH,
 )
 from pikv.evaluation.environment import environment
-from pikv.evaluation.lengths import check_lengths, fitting_length
+from pikv.evaluation.lengths import check_kept, check_lengths, fitting_length
 from pikv.evaluation.methods import Method, parse_methods
 from pikv.evaluation.notes import notes_on
 from pikv.evaluation.plan import Batch, Plan
@@ -33,8 +33,7 @@ from pikv.evaluation.runner import Outcome, run_plan
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
 from pikv.evaluation.trial import failures_explained, try_methods
-from pikv.hf.shape import num_positions
-from pikv.tasks.contexts import TokenizedSample
+from pikv.generation.document import check_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +122,10 @@ def prepare(
     )
     if config.context is not None:
         length = len(samples[0].context_ids)
-        check_lengths(model, methods, [length], config.num_new_tokens)
-        _check_questions(model, samples[0], config.num_new_tokens)
+        check_positions(
+            model, length, max(len(question.prompt_ids) for question in samples[0].questions), config.num_new_tokens
+        )
+        check_kept(methods, length)
         config = replace(config, context_length=length, long_context_length=length)
     assert config.context_length is not None
     questions = QuestionSet(
@@ -187,17 +188,6 @@ def _what_is_missing(plan: Plan, outcome: Outcome) -> str:
         f"Interrupted: these are the answers of {len(outcome.quality)} of {num_methods} methods, and "
         f"{len(outcome.measurements)} of {num_measurements} measurements of time and memory."
     )
-
-
-def _check_questions(model: Any, sample: TokenizedSample, num_new_tokens: int) -> None:
-    """Raises ValueError if the context, its longest question and the answer exceed the model's positions."""
-    limit, length = num_positions(model.config), len(sample.context_ids)
-    longest = max(len(question.prompt_ids) for question in sample.questions)
-    if limit is not None and length + longest + num_new_tokens > limit:
-        raise ValueError(
-            f"a context of {length} tokens, a question of {longest} and {num_new_tokens} new tokens exceed "
-            f"the {limit} positions of the model"
-        )
 
 
 def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) -> CompareConfig:
