@@ -11,7 +11,7 @@ from rich.console import Console
 from pikv.cli import notes
 from pikv.cli.options import folder
 from pikv.cli.progress import busy, load_libraries, progress_bars, roughly
-from pikv.cli.results import publish
+from pikv.cli.results import InterruptedRunError, keep_calibrations, publish
 from pikv.evaluation.defaults import (
     DEFAULT_METHODS,
     DEFAULT_TASK,
@@ -115,7 +115,6 @@ def compare_command(
     from pikv.evaluation.notes import notes_before
     from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
     from pikv.evaluation.report.folder import choose_folder
-    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.summary import summary_frame
     from pikv.models.loading import load_model
 
@@ -145,11 +144,12 @@ def compare_command(
     )
     config.check()
     results = choose_folder(out, "compare")
+    files = ["results.csv", "results.json", "report.html"]
     with busy(f"reading model {model}"):
         loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
     if calibrate:
         with progress_bars() as progress:
-            config, plan = prepare(config, loaded, tokenizer, progress)
+            config, plan = prepare(config, loaded, tokenizer, progress, keep_calibrations(results, files))
     else:
         with busy("checking every method"):
             config, plan = prepare(config, loaded, tokenizer)
@@ -162,12 +162,9 @@ def compare_command(
         result = compare(config, plan, progress, costs)
     result = replace(result, notes=list(dict.fromkeys([*result.notes, *notes.shown])))
 
-    files = ["results.csv", "results.json", "report.html"]
-
     def write(part: Path) -> None:
         result.save(part, {"results": summary_frame(result)})
         write_compare(result, part / "report.html")
-        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,
@@ -177,7 +174,7 @@ def compare_command(
         lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )
     if result.was_interrupted:
-        raise KeyboardInterrupt(f"what was finished is in {results}")
+        raise InterruptedRunError(results)
 
 
 def _default(asked: int | None, otherwise: int) -> int:

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from pikv.cli import notes
 from pikv.cli.options import folder
 from pikv.cli.progress import busy, load_libraries, progress_bars
-from pikv.cli.results import publish
+from pikv.cli.results import InterruptedRunError, keep_calibrations, publish
 from pikv.evaluation.defaults import DEFAULT_TASK
 
 
@@ -39,7 +39,9 @@ def experiment_command(
     repeats: Annotated[int | None, typer.Option(help="Batches to measure on. (default: the study's, mostly 5)")] = None,
     passes: Annotated[int, typer.Option(help="Times to read each batch; the fastest counts.")] = 3,
     num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
+    ] = None,
     capacity_factor: Annotated[float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")] = 1.5,
     cache_aware: Annotated[bool, typer.Option(help="Let the pikv router prefer experts whose tokens were read.")] = True,
     own_amounts: Annotated[
@@ -73,7 +75,7 @@ def experiment_command(
     rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, eplb_duo
     EPLB routing with DuoAttention, DuoAttention and no compression in pairs, calibration trained routers beside all that they
     have to be better than.
-    Writes results.csv (every run), summary.csv, results.json and report.html.
+    Ctrl-C saves what is finished. Writes results.csv (every run), summary.csv, results.json and report.html.
 
     Examples:
 
@@ -96,7 +98,6 @@ def experiment_command(
     load_libraries()
     from pikv.evaluation.report.folder import choose_folder
     from pikv.evaluation.report.study import study_tables, write_study
-    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.studies.registry import get_study
     from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
     from pikv.evaluation.summary import measurements_frame, summary_frame
@@ -128,21 +129,19 @@ def experiment_command(
         seed=seed,
     )
     results = choose_folder(out, study)
+    files = ["results.csv", "summary.csv", "results.json", "report.html"]
     messages = Console(stderr=True, emoji=False)
     if debug:
         _log_to(messages)
     with progress_bars(messages) as progress:
         with nullcontext() if calibrate else busy("reading the model"):
-            plan, inputs = prepare(chosen, config, progress)
+            plan, inputs = prepare(chosen, config, progress, keep_calibrations(results, files))
         result = run_study(chosen, config, plan, inputs, progress)
     result = replace(result, notes=[*result.notes, *notes.shown])
-
-    files = ["results.csv", "summary.csv", "results.json", "report.html"]
 
     def write(part: Path) -> None:
         result.save(part, {"results": measurements_frame(result), "summary": summary_frame(result)})
         write_study(result, part / "report.html")
-        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,
@@ -152,6 +151,8 @@ def experiment_command(
         lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes if note not in notes.shown)],
         expected=[] if result.expected is None else [result.expected],
     )
+    if result.was_interrupted:
+        raise InterruptedRunError(results)
 
 
 def _log_to(console: Console) -> None:

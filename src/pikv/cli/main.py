@@ -16,6 +16,7 @@ from pikv.cli.experiment import experiment_command
 from pikv.cli.generate import generate_command
 from pikv.cli.methods import methods_command
 from pikv.cli.notes import show_warning
+from pikv.cli.results import InterruptedRunError
 
 _INTERRUPTED = 130
 
@@ -60,9 +61,10 @@ def main() -> None:
         status = app(standalone_mode=False) or 0
         if status == _INTERRUPTED:  # what some releases of Typer return
             _say("interrupted", status)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        said = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
-        status = _say("; ".join(["interrupted", *said[:1]]), _INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _say("interrupted", _INTERRUPTED)
+    except InterruptedRunError as error:
+        status = _say(error, _INTERRUPTED)
     except ValueError as error:
         status = _say(error, 2)
     except OSError as error:

@@ -28,8 +28,8 @@ from pikv.evaluation.notes import notes_on
 from pikv.evaluation.plan import Batch, Plan
 from pikv.evaluation.questions import OwnQuestion, read_context, read_questions
 from pikv.evaluation.results import Result
-from pikv.evaluation.router_calibration import calibrate_for
-from pikv.evaluation.runner import Outcome, run_plan
+from pikv.evaluation.router_calibration import Keep, calibrate_for, waits_for_training
+from pikv.evaluation.runner import run_plan, what_is_missing
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
 from pikv.evaluation.trial import failures_explained, try_methods
@@ -97,9 +97,15 @@ class CompareConfig(EvaluationConfig):
 
 
 def prepare(
-    config: CompareConfig, model: Any, tokenizer: Any, progress: ProgressBar = no_progress
+    config: CompareConfig,
+    model: Any,
+    tokenizer: Any,
+    progress: ProgressBar = no_progress,
+    keep: Keep = lambda calibration: None,
 ) -> tuple[CompareConfig, Plan]:
     """Reads and checks everything that a comparison needs, and trains what it is to train, before any of it is run.
+
+    What needs no training is checked first; ``keep`` is called with each calibration as soon as there is one.
 
     Returns:
         the configuration with the lengths that were chosen, and the plan
@@ -136,18 +142,17 @@ def prepare(
         num_tokens=config.context_length,
         question_aware=config.question_aware,
     )
-    calibrations = calibrate_for(config, model, tokenizer, methods, progress)
-    for method in methods:
-        with failures_explained(method):
-            method.press().bind(model)
-    try_methods(model, methods, samples[0].context_ids)
+    batches = _batches(config, task, tokenizer)
+    waiting = [method for method in methods if waits_for_training(config, model, method)]
+    _check_methods(model, [method for method in methods if method not in waiting], samples[0].context_ids)
+    calibrate_for(config, model, tokenizer, methods, progress, keep)
+    _check_methods(model, waiting, samples[0].context_ids)
     plan = Plan(
         model=model,
         methods=methods,
-        batches=_batches(config, task, tokenizer),
+        batches=batches,
         questions=questions,
         num_new_tokens=config.num_new_tokens,
-        calibrations=calibrations,
     )
     return config, plan
 
@@ -174,7 +179,7 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
         measurements=outcome.measurements,
         quality=outcome.quality,
         notes=[
-            *([_what_is_missing(plan, outcome)] if outcome.was_interrupted else []),
+            *([what_is_missing(plan, outcome)] if outcome.was_interrupted else []),
             *notes_on(done, outcome.quality),
             *(f"left out, because it failed: {reason}" for reason in outcome.failed.values()),
         ],
@@ -182,12 +187,12 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
     )
 
 
-def _what_is_missing(plan: Plan, outcome: Outcome) -> str:
-    num_methods, num_measurements = len(plan.methods), len(plan.methods) * len(plan.batches)
-    return (
-        f"Interrupted: these are the answers of {len(outcome.quality)} of {num_methods} methods, and "
-        f"{len(outcome.measurements)} of {num_measurements} measurements of time and memory."
-    )
+def _check_methods(model: Any, methods: Sequence[Method], token_ids: Sequence[int]) -> None:
+    """Binds methods to the model, and lets each read a few tokens."""
+    for method in methods:
+        with failures_explained(method):
+            method.press().bind(model)
+    try_methods(model, methods, token_ids)
 
 
 def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) -> CompareConfig:

@@ -82,12 +82,12 @@ def study_tables(result: Result) -> list[Table]:
     summary, config = summary_frame(result), result.config
     size = f"{config['batch_size']} x {config['num_tokens']:,} tokens"
     measured = summary[summary["num_repeats"] > 0]
-    dense = f"{mebibytes(measured['dense_bytes_mean'].iloc[0], 2)} MiB uncompressed"
-    made = [
-        make_table(f"Compression of {size}, {_repeats(config)}, {dense}", COMPRESSION_COLUMNS, measured),
-        make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured),
-    ]
-    if config["num_new_tokens"]:
+    made = []
+    if len(measured):
+        dense = f"{mebibytes(measured['dense_bytes_mean'].iloc[0], 2)} MiB uncompressed"
+        made.append(make_table(f"Compression of {size}, {_repeats(config)}, {dense}", COMPRESSION_COLUMNS, measured))
+        made.append(make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured))
+    if len(measured) and config["num_new_tokens"]:
         title = f"Generation: {config['num_new_tokens']} steps of {config['batch_size']} sequences, times in ms"
         made.append(make_table(title, GENERATION_COLUMNS, measured))
     if result.quality:
@@ -128,16 +128,17 @@ def write_study(result: Result, path: Path) -> None:
     summary, config = summary_frame(result), result.config
     measured = summary[summary["num_repeats"] > 0]
     charts: list[Chart] = [quality_against_bytes(result.quality)] if result.quality else []
+    if len(measured):
+        charts += [
+            compression_reached(measured),
+            time_taken(measurements_frame(result), measured),
+            kept_by_head(mean_kept(result.measurements)),
+        ]
     write_page(
         "study.html",
         path,
         result,
-        charts=[
-            *charts,
-            compression_reached(measured),
-            time_taken(measurements_frame(result), measured),
-            kept_by_head(mean_kept(result.measurements)),
-        ],
+        charts=charts,
         samples=sample_data(result.quality),
         name=result.name,
         heading=f"{result.name}: {result.description}",
