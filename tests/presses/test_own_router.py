@@ -42,6 +42,7 @@ def test_a_class_in_a_file_is_a_press_that_can_be_calibrated(llama, tmp_path, mo
     press = get_press("my_router.py:Turned:0.75")
     assert isinstance(press, MoERouterPress)
     assert (press.router_type, press.compression_ratio) == ("Turned", 0.75)
+    assert press.to_calibrate(llama) == "press.calibrate(model)"  # the command does not know it
     press.calibrate(llama, num_tokens=64, num_steps=1)
     with press(llama), torch.no_grad():
         llama(batch_of([60])[0])
