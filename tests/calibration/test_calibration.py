@@ -488,7 +488,7 @@ def test_several_lie_beside_a_model_and_each_press_takes_the_one_that_serves(lla
     for num_experts, is_there in ((2, True), (3, False), (4, True), (8, True)):
         press = MoERouterPress(0.5, router_type="eplb", num_experts=num_experts, calibration="auto")
         assert (press.find_calibration(model)[0] is not None) == is_there
-    own = random_calibration(llama, experts=default_experts(3))
+    own = random_calibration(llama, kinds=("base", "eplb"), experts=default_experts(3))
     add_calibration(model, own)
     assert MoERouterPress(num_experts=3).find_calibration(model) == (own, "")
     assert MoERouterPress(num_experts=8).find_calibration(model)[1] == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cli import pikv
 
-from pikv.calibration.files import FILE_NAME
+from pikv.calibration.files import FILE_NAME, file_name
 from pikv.calibration.samples import default_num_tokens
 from pikv.calibration.training import Trainer
 from pikv.cli.main import main
@@ -157,7 +157,7 @@ def test_lengths_follow_the_positions_of_the_model(command, tmp_path):
 def test_a_single_expert_needs_no_further_option(command, tmp_path):
     quick = ["--context-length", 64, "--steps", 1]
     assert command(*quick, "--num-experts", 1, "--out", "results") == 0
-    calibration = Calibration.load(tmp_path / "results" / FILE_NAME)
+    calibration = Calibration.load(tmp_path / "results" / file_name(1))
     assert (calibration.settings["top_k"], calibration.experts) == (1, ("aggressive",))
 
 

@@ -167,7 +167,7 @@ def test_the_log_tells_every_layer_of_every_press(caplog):
     said = "\n".join(record.message for record in caplog.records)
     assert "duo_moe_pikv, repeat 0: 1,280 -> " in said
     assert "layer 1: kept by sequence and head [[" in said
-    assert "MoERouterPress(compression_ratio=0.3): layer 0 kept " in said
+    assert "MoERouterPress(compression_ratio=0.3, num_experts=4, top_k=2): layer 0 kept " in said
 
 
 def summary(**accuracies):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from calibrated import RandomlyCalibrated
 from pikv import PiKVCache
-from pikv.budget.amount import Amount
 from pikv.budget.uniform import UniformBudget
 from pikv.presses import AdaKVPress, ProfileBudgetPress, ProtectedPress, ScorerPress
 from pikv.presses.wrapper import WrapperPress
@@ -39,7 +38,7 @@ def test_rows_hold_exactly_what_the_budget_allows(make, turns, data):
     inner = press.press if isinstance(press, WrapperPress) else press
     if data.draw(st.booleans(), label="in tokens"):
         tokens = data.draw(st.integers(1, 30), label="budget")
-        inner.budget = inner.budget.with_amount(Amount(tokens=tokens))
+        inner.budget = tokens
     amount = inner.budget.amount
     cache, masks, expected = PiKVCache(MODEL.config), [], [0, 0]
     seen = [0, 0]

@@ -174,7 +174,7 @@ def compare_command(
         lines=lambda: [*improvements(result), *(f"note: {note}" for note in result.notes if note not in notes.shown)],
     )
     if result.was_interrupted:
-        raise InterruptedRunError(results)
+        raise InterruptedRunError(f"what was finished is in {results}")
 
 
 def _default(asked: int | None, otherwise: int) -> int:

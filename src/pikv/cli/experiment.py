@@ -152,7 +152,7 @@ def experiment_command(
         expected=[] if result.expected is None else [result.expected],
     )
     if result.was_interrupted:
-        raise InterruptedRunError(results)
+        raise InterruptedRunError(f"what was finished is in {results}")
 
 
 def _log_to(console: Console) -> None:

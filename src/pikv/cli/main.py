@@ -64,7 +64,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = _say("interrupted", _INTERRUPTED)
     except InterruptedRunError as error:
-        status = _say(error, _INTERRUPTED)
+        status = _say(f"interrupted; {error}", _INTERRUPTED)
     except ValueError as error:
         status = _say(error, 2)
     except OSError as error:

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
 
 class InterruptedRunError(Exception):
-    """The user ended a run, and what was finished is saved.
-
-    Not a KeyboardInterrupt: some releases of Typer turn that into an exit status, and lose what it says.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; what was finished is in {folder}")
+    """The user ended a run; the message says where what was finished lies."""
 
 
 def publish(

@@ -70,7 +70,7 @@ def compare_tables(result: Result) -> list[Table]:
     made += [make_table(ranking_title(group), RANKING_COLUMNS, group) for group in rank_at_equal_bytes(frame)]
     for length, rows in frame[frame["num_repeats"] > 0].groupby("num_tokens", sort=True):
         made.append(make_table(speed_title(int(str(length)), quality_length), SPEED_COLUMNS, rows))
-    return [*made, *(_answers(result) if result.config["context"] is not None else [])]
+    return [*made, *(_answers(result) if result.config.get("context") is not None else [])]
 
 
 def _answers(result: Result) -> list[Table]:
