@@ -55,7 +55,7 @@ def compare_command(
     ] = None,
     questions_file: Annotated[
         Path | None,
-        typer.Option(help="A file of questions, one a line, with the expected answer behind a tab or as JSON if it is known."),
+        typer.Option(help="A file of questions, one a line, with the expected answer after a tab or as JSON if it is known."),
     ] = None,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")

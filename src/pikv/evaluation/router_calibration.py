@@ -1,4 +1,4 @@
-"""Methods whose routers are not trained: what a reader must know of them, and their training on the way."""
+"""Methods whose routers are not trained: what a reader must know of them, and their training before methods are compared."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def untrained_routers(model: Any, methods: Sequence[Method]) -> list[str]:
         return []
     return [
         f"The routers of {', '.join(names)} are not calibrated for this model and mix their experts evenly: all kinds of "
-        "router with the same experts keep the same tokens until they are calibrated. --calibrate does it on the way; or "
+        "router with the same experts keep the same tokens until they are calibrated. --calibrate does it before comparing; or "
         f"{' or '.join(dict.fromkeys(ways))}."
     ]
 
@@ -61,7 +61,7 @@ def calibrate_for(
 
 
 def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> list[str]:
-    """Writes what was trained on the way into a folder.
+    """Writes what was trained for a comparison into a folder.
 
     Returns:
         the names of the files, which say the kinds of router and the number of experts
