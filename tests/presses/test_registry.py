@@ -89,7 +89,7 @@ def test_without_kvpress_its_presses_say_what_is_missing():
         ValueError, match=r'kvpress.KnormPress needs kvpress: pip install "pikv\[kvpress\]" .*transformers < 5.3'
     ):
         get_press("kvpress.KnormPress:0.5")
-    with pytest.raises(ValueError, match="takes a press of kvpress, not 'knorm'$"):
+    with pytest.raises(ValueError, match=r"takes a press of kvpress, not 'knorm'$"):
         from_kvpress("knorm")
 
 
