@@ -35,6 +35,19 @@ def test_links_lead_to_files_and_headings(path):
             assert heading in _headings(linked.read_text()), target
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_left_to_be_filled_in(path):
+    text = path.read_text()
+    assert len(text) > 200
+    assert "@@" not in text
+
+
+def test_the_picture_shows_curves():
+    picture = (ROOT / "docs" / "frontier.svg").read_text()
+    assert picture.count("<path") + picture.count("<polyline") >= 5
+    assert len(picture) < 60_000
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}

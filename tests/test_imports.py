@@ -11,6 +11,7 @@ ROOT = Path(pikv.__file__).parent
 # from the bottom up; a folder imports itself and what stands before it
 FOLDERS = [
     "version",
+    "extras",
     "unfinished",
     "indices",
     "registry",
