@@ -76,7 +76,9 @@ def compare_command(
     ] = None,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
-    num_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for every timing.")] = 32,
+    num_new_tokens: Annotated[
+        int, typer.Option("--num-new-tokens", "--max-new-tokens", help="Tokens to generate for every timing.")
+    ] = 32,
     repeats: Annotated[
         int | None, typer.Option(help=f"Timings of every method and length. (default: {REPEATS}, thorough {THOROUGH_REPEATS})")
     ] = None,

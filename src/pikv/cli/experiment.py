@@ -51,7 +51,12 @@ def experiment_command(
         bool, typer.Option("--own-amounts", help="Let each expert of 'experts' keep its own amount, not the same.")
     ] = False,
     num_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate after each reading. (default: the study's, mostly 0)")
+        int | None,
+        typer.Option(
+            "--num-new-tokens",
+            "--max-new-tokens",
+            help="Tokens to generate after each reading. (default: the study's, mostly 0)",
+        ),
     ] = None,
     task: TaskOption = DEFAULT_TASK,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality, where answers are known.")] = 8,

@@ -24,7 +24,7 @@ TaskOption = Annotated[
     str, typer.Option(help="What quality is measured on: retrieval, or a class in a file of your own, my_task.py:MyTask.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
-NewTokensOption = Annotated[int, typer.Option(help="Tokens to answer with, at most.")]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "--num-new-tokens", help="Tokens to answer with, at most.")]
 ChunkOption = Annotated[
     int | None, typer.Option(help="Tokens to read at a time, each chunk compressed before the next. (default: all at once)")
 ]
