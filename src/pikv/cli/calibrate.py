@@ -19,6 +19,7 @@ from pikv.cli.options import (
 )
 from pikv.cli.progress import busy, load_libraries, progress_bars
 from pikv.cli.results import print_line, print_table
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT, NUM_EXPERTS
 from pikv.tasks.text_file import read_text_file
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ def calibrate_command(
         list[Path] | None, typer.Option(help="Text files to learn from, may be repeated. (default: synthetic retrieval)")
     ] = None,
     routers: Annotated[str, typer.Option(help="Kinds of router, comma-separated. (default: all)")] = "",
-    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
+    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = NUM_EXPERTS,
     top_k: Annotated[
         int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
     ] = None,
-    capacity_factor: Annotated[float, typer.Option(help="Slots of an expert, over its even share of the tokens.")] = 1.5,
-    dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = 0.1,
-    aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = 0.01,
+    capacity_factor: Annotated[
+        float, typer.Option(help="Slots of an expert, over its even share of the tokens.")
+    ] = CAPACITY_FACTOR,
+    dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = DROPOUT,
+    aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = AUX_LOSS_WEIGHT,
     context_length: Annotated[
         int | None,
         typer.Option(help="Tokens of the longest contexts. (default: 1024, or half of the model's positions if that is less)"),

@@ -32,7 +32,7 @@ class Plan:
         num_new_tokens: tokens to generate after each reading
         num_passes: times to read each batch
         beside_full: whether the full cache reads each batch right beside every method
-        calibrations: what was trained for these methods before comparing
+        calibrations: what was trained for these methods on the way
     """
 
     model: Any

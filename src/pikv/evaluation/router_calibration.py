@@ -61,7 +61,7 @@ def calibrate_for(
 
 
 def save_calibrations(calibrations: Sequence[Calibration], folder: Path) -> list[str]:
-    """Writes what was trained for a comparison into a folder.
+    """Writes what was trained on the way into a folder.
 
     Returns:
         the names of the files, which say the kinds of router and the number of experts

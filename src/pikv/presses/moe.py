@@ -25,6 +25,7 @@ from pikv.presses.moe_strategies import experts_of_strategies
 from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.stage import Stage
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.base import MoERouter
 from pikv.routing.experts import DEFAULT_NUM_EXPERTS, RetentionExpert, default_experts
 from pikv.routing.factory import ROUTERS, create_moe_router, default_top_k, name_of_router
@@ -77,10 +78,10 @@ class MoERouterPress(ScorerPress):
         router_type: str | type[MoERouter] = "pikv",
         num_experts: int | None = None,
         top_k: int | None = None,
-        capacity_factor: float = 1.5,
-        dropout: float = 0.1,
+        capacity_factor: float = CAPACITY_FACTOR,
+        dropout: float = DROPOUT,
         cache_aware: bool = True,
-        aux_loss_weight: float = 0.01,
+        aux_loss_weight: float = AUX_LOSS_WEIGHT,
         calibration: Calibration | str | Path | Literal["auto"] | None = "auto",
         experts: Mapping[str, RetentionExpert] | None = None,
         head_budgets: bool = True,
