@@ -136,7 +136,7 @@ class MoERouterPress(ScorerPress):
             mixers = calibration.build(model, self.router_type, self.top_k, **options)
             if self.head_budgets:
                 budget = ProfileBudget(calibration.profiles, budget.amount, self.sink_size + self.recent_size)
-        self.routers = {layer: mixer.router for layer, mixer in mixers.items()}
+        vars(self)["routers"] = {layer: mixer.router for layer, mixer in mixers.items()}  # also where they were deleted
         scorer = RoutedScorer(experts, mixers, self.sink_size, self.recent_size)
         return [RoutedStage(presses=(self,), scorer=scorer, budget=budget, record=self.record_routing)]
 
