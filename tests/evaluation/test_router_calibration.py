@@ -1,4 +1,4 @@
-"""Routers without training in comparisons: what is said of them, and how they are trained on the way."""
+"""Routers without training in comparisons: what is said of them, and how they are trained before comparing."""
 
 from functools import partial
 
@@ -38,7 +38,10 @@ def test_untrained_kinds_of_router_that_are_compared_keep_the_same(llama, method
     assert len(notes) == is_said
     for note in notes:
         assert "all kinds of router with the same experts keep the same tokens until they are calibrated" in note
-        assert "--calibrate does it on the way; or press.calibrate(model) or `pikv calibrate --model FOLDER --num-exp" in note
+        assert (
+            "--calibrate does it before comparing; or press.calibrate(model) or `pikv calibrate --model FOLDER --num-exp"
+            in note
+        )
 
 
 def test_what_needs_training_is_trained_together_and_kept(llama, quick):

@@ -1,4 +1,4 @@
-"""Methods whose routers are not trained: what a reader must know of them, and their training on the way."""
+"""Methods whose routers are not trained: what a reader must know of them, and their training before methods are compared."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def untrained_routers(model: Any, methods: Sequence[Method]) -> list[str]:
         return []
     return [
         f"The routers of {', '.join(names)} are not calibrated for this model and mix their experts evenly: all kinds of "
-        "router with the same experts keep the same tokens until they are calibrated. --calibrate does it on the way; or "
+        "router with the same experts keep the same tokens until they are calibrated. --calibrate does it before comparing; or "
         f"{' or '.join(dict.fromkeys(ways))}."
     ]
 

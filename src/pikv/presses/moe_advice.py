@@ -9,10 +9,17 @@ from shlex import quote
 from typing import Any
 
 from pikv.calibration.files import file_name
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS, default_top_k
 
-_DEFAULTS = {"capacity_factor": 1.5, "dropout": 0.1, "cache_aware": True, "aux_loss_weight": 0.01, "head_budgets": True}
+_DEFAULTS = {
+    "capacity_factor": CAPACITY_FACTOR,
+    "dropout": DROPOUT,
+    "cache_aware": True,
+    "aux_loss_weight": AUX_LOSS_WEIGHT,
+    "head_budgets": True,
+}
 _OF_THE_COMMAND = ("top_k", "capacity_factor", "dropout", "aux_loss_weight")
 _FOR_TRAINING = ("dropout", "aux_loss_weight")
 

@@ -17,8 +17,8 @@ from pikv.evaluation.results import Result
 from pikv.evaluation.summary import measurements_frame, summary_frame
 
 NOTE = (
-    "Tokens kept: their share over all rows. A row is one KV head of one sequence of one layer; in a row: tokens of the "
-    "shortest, the mean and the longest. KV MiB: what the storage holds, room to grow included. Bytes saved: of an "
+    "Tokens kept: their share over all rows. A row is one KV head of one sequence of one layer; tokens per head: of "
+    "the shortest row, the mean and the longest. KV MiB: what the storage holds, room to grow included. Bytes saved: of an "
     "uncompressed cache of transformers, whose size the title tells. Times are of the forward "
     "pass that reads the context, without and with the press, in turns, the fastest counts; compression is their "
     "difference, and what stands there for the full cache is this machine's noise. ± is the standard deviation over the "
@@ -44,7 +44,7 @@ COMPRESSION_COLUMNS: list[Column] = [
     ("press", _label),
     ("set", lambda row: percent(row["ratio_set"], 0)),
     ("tokens kept", lambda row: _spread(row, "tokens_removed", 1, -100, "%", 100)),
-    ("in a row", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
+    ("tokens per head", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
     ("KV MiB", lambda row: mebibytes(row["kv_bytes_mean"], 2)),
     ("bytes saved", lambda row: "-" if row["bytes_removed_mean"] < 0 else _spread(row, "bytes_removed", 1, 100, "%")),
 ]
