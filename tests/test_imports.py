@@ -16,6 +16,7 @@ FOLDERS = [
     "indices",
     "registry",
     "checks",
+    "router_defaults",
     "tasks",
     "attention",
     "cache",

@@ -33,6 +33,9 @@ def __getattr__(name: str) -> Any:
     if name == "from_kvpress" or name.endswith("Press"):
         return getattr(import_module("pikv.presses"), name)
     if name not in _LAZY:
+        if not name.startswith("_"):
+            # For a class of kvpress that has no counterpart, an ImportError says what to use.
+            import_module("pikv.presses.kvpress.names").our_name(name)
         raise AttributeError(f"module 'pikv' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pikv.calibration.samples import make_samples, sample_of
-from pikv.tasks.contexts import retrieval_samples, text_sample
+from pikv.tasks.contexts import TokenizedQuestion, TokenizedSample, retrieval_samples
 from pikv.tasks.retrieval import make_retrieval
 from tiny import build
 
@@ -127,6 +127,7 @@ def test_texts_without_a_tokenizer(llama):
 
 def test_tasks_without_answers(demo):
     model, tokenizer = demo
-    unknown = text_sample(tokenizer, texts(1)[0], "how many foxes?", 4)
+    asked = TokenizedQuestion(prompt="how many foxes?", prompt_ids=[5, 6], answer=None, num_answer_tokens=4)
+    unknown = TokenizedSample(context_ids=tokenizer(texts(1)[0])["input_ids"], questions=(asked,))
     with pytest.raises(ValueError, match="the answer to 'how many foxes\\?' is not known"):
         make_samples(model, [unknown] * 5, tokenizer, num_tokens=64, seed=0)

@@ -49,6 +49,19 @@ def test_a_file_is_asked_today_and_its_cache_tomorrow(pikv):
     assert "read before" in said
 
 
+def test_expected_answers_in_a_file_of_questions_are_not_asked(pikv, tmp_path):
+    lines = f'\ufeff{FIRST.prompt}\tno answer\n{{"question": "{SECOND.prompt}", "answer": "no answer"}}\n'
+    (tmp_path / "questions").write_text(lines, encoding="utf-8")
+    out, _ = pikv("ask", "text", "--questions-file", "questions")
+    assert out.split("\n") == [f"> {FIRST.prompt}", FIRST.answer, f"> {SECOND.prompt}", SECOND.answer, ""]
+
+
+def test_a_script_reads_today_and_asks_tomorrow(pikv):
+    out, said = pikv("ask", "text", "--save", "cache", typed=io.StringIO())
+    assert out == "" and "of 121 tokens kept per KV head" in said
+    assert pikv("ask", "--cache", "cache", "--question", FIRST.prompt)[0] == f"{FIRST.answer}\n"
+
+
 def test_text_from_standard_input(pikv):
     out, _ = pikv("ask", "-", "--question", FIRST.prompt, "--chunk-size", "50", typed=io.StringIO(SAMPLE.context))
     assert out == f"{FIRST.answer}\n"
@@ -84,9 +97,10 @@ def test_generate_continues_a_prompt(pikv):
         (["ask", "text", "--question", ""], "a question is empty"),
         (["ask", "nowhere", "--question", "a"], "cannot read nowhere"),
         (["ask", "empty", "--question", "a"], "empty holds no text"),
-        (["ask", "text", "--questions-file", "empty"], "empty holds no text"),
+        (["ask", "text", "--questions-file", "empty"], "empty has no questions"),
         (["ask", "text", "--question", "a", "--press", "snapvk:0.5"], "did you mean 'snapkv'?"),
         (["ask", "text", "--question", "a", "--save", "nowhere/cache"], "cannot write nowhere/cache"),
+        (["ask", "text", "--question", "a", "--save", "empty"], "empty exists and is never overwritten"),
         (["ask", "--question", "a", "--cache", "text"], "cannot read text"),
         (["ask", "text", "--question", "a", "--max-new-tokens", "40000"], "exceed the 32,768 positions"),
         (["ask", "text", "--question", "a", "--chunk-size", "1"], "chunk_size must be"),

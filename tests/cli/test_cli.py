@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pikv.calibration.calibrate import calibrate
 from pikv.cli.main import main
 from pikv.models.demo.tokenizer import build_tokenizer
 from tiny import build
@@ -107,9 +109,12 @@ class Late(ScorerPress):
         ("Forgetful", "own.py:Forgetful:0.5: "),
     ],
 )
-def test_a_press_of_ones_own_that_cannot_work_is_refused_first(refused, tmp_path, name, message):
+def test_a_press_of_ones_own_that_cannot_work_is_refused_first(refused, tmp_path, monkeypatch, name, message):
+    """Before a router is trained, too."""
+    monkeypatch.setattr("pikv.evaluation.router_calibration.calibrate", None)
     (tmp_path / "own.py").write_text(OWN_PRESSES)
-    assert message in refused("compare", *FAST, "--methods", f"snapkv:0.5,own.py:{name}:0.5", "--out", "results")
+    methods = ["--methods", f"eplb:0.5,own.py:{name}:0.5", "--num-experts", "3", "--calibrate"]
+    assert message in refused("compare", *FAST, *methods, "--out", "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -201,6 +206,27 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path):
     assert said.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_trained_is_kept_where_nothing_else_is_finished(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    quick = partial(calibrate, num_tokens=64, num_steps=1)
+    monkeypatch.setattr("pikv.evaluation.router_calibration.calibrate", quick)
+    monkeypatch.setattr("pikv.evaluation.runner.measure_quality", interrupted)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--methods", "eplb:0.5", "--num-experts", "3", "--calibrate", "--out", "results"]
+    monkeypatch.setattr(sys, "argv", ["pikv", "compare", *FAST, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err.splitlines()
+    assert "calibration: results/calibration-eplb-3-experts.safetensors" in said
+    assert said[-1] == "error: interrupted"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["calibration-eplb-3-experts.safetensors"]
 
 
 def test_ctrl_c_saves_what_is_finished_and_names_the_folder(tmp_path, monkeypatch, capsys):

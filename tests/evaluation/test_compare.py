@@ -223,7 +223,7 @@ def test_words_that_the_tokenizer_does_not_know_are_noted(demo, tmp_path):
     path = tmp_path / "context.txt"
     path.write_text("whereas the licensee shall indemnify the licensor " * 5)
     found = run(demo, methods="streaming:0.5", context=path, repeats=1)
-    assert [note for note in found.notes if "unknown to the model's tokenizer" in note]
+    assert [note for note in found.notes if note.startswith("The tokenizer does not know")]
 
 
 @pytest.mark.filterwarnings("ignore:the router")
@@ -255,6 +255,18 @@ def test_lengths_that_were_asked_for_and_do_not_fit_are_refused():
     model = build("gpt2", vocab_size=512, n_positions=128)
     with pytest.raises(ValueError, match=r"a context of 256 tokens, .* exceed the 128 positions of the model"):
         run((model, build_tokenizer()), long_context_length=None)
+
+
+@pytest.mark.parametrize("is_too_long", [False, True])
+def test_a_text_of_ones_own_may_fill_the_positions_of_the_model(tmp_path, is_too_long):
+    (tmp_path / "context.txt").write_text("fox " * (123 + is_too_long))  # and 2 tokens of a question, 4 of its answer
+    model = build("gpt2", vocab_size=512, n_positions=130), build_tokenizer()
+    config = CompareConfig(**SMALL, methods="none", context=tmp_path / "context.txt", questions=("? fox",))
+    if is_too_long:
+        with pytest.raises(ValueError, match=r"a context of 125 tokens, a question of 2 and 4 new .* 130 positions"):
+            prepare(config, *model)
+    else:
+        assert prepare(config, *model)[0].context_length == 124
 
 
 def test_a_task_of_ones_own(demo, monkeypatch):

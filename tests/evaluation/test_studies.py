@@ -231,6 +231,36 @@ def test_eplb_with_duo_attention_is_compared_in_pairs(tmp_path):
     assert page.index("Relative improvements, measured") < page.index(title)
 
 
+@pytest.mark.parametrize(("after", "answered", "measured"), [(9, 1, 0), (28, 3, 1), (29, 3, 2)])
+def test_an_interrupted_study_has_what_was_finished(tmp_path, after, answered, measured):
+    """Eight questions to each of three methods, then a warm-up of each, then measurements in turns."""
+    done = []
+
+    def stop(title, total):
+        def advance(steps=1, doing=""):
+            done.extend([1] * bool(steps))
+            if len(done) == after:
+                raise KeyboardInterrupt
+
+        return advance
+
+    config = StudyConfig(**{**SMALL, **DEMO}, num_new_tokens=2)
+    study = get_study("eplb_duo")
+    plan, data = prepare(study, config)
+    found = run_study(study, config, plan, data, stop)
+    assert found.was_interrupted and (len(found.quality), len(found.measurements)) == (answered, measured)
+    said = f"Interrupted: these are the answers of {answered} of 3 methods, and {measured} of 3 measurements"
+    assert found.notes[0].startswith(said)
+    found.save(tmp_path, {"results": measurements_frame(found), "summary": summary_frame(found)})
+    write_study(found, tmp_path / "report.html")
+    titles = [title.split()[0] for title, _, _ in study_tables(found)]
+    assert titles == ["Compression", "Time", "Generation:", "Quality"][0 if measured else 3 :]
+    done[:] = [1] * (after - 1)
+    if answered == 1:
+        with pytest.raises(KeyboardInterrupt):  # nothing was finished
+            run_study(study, config, plan, data, stop)
+
+
 def test_presses_of_one_study_generate_only_where_that_is_asked_for(combos):
     assert all(measured.step_seconds == [] and measured.peak_bytes is None for measured in combos.measurements)
     result = run("sensitivity", num_new_tokens=3)
@@ -263,6 +293,7 @@ def test_a_random_model_of_another_size():
         (dict(repeats=0), "repeats must be at least 1"),
         (dict(batch_size=0), "batch-size must be at least 1"),
         (dict(num_experts=9), "num-experts must lie between 1 and 8"),
+        (dict(num_experts=1, top_k=2), "top-k must lie between 1 and num-experts=1"),
         (dict(top_k=5), "top-k must lie between 1 and num-experts=4"),
         (dict(capacity_factor=0), "capacity-factor must be positive"),
         (dict(hidden_size=100), "hidden-size must be a multiple of 16, not 100"),
@@ -282,6 +313,11 @@ def test_a_random_model_of_another_size():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         run("sensitivity", **settings)
+
+
+def test_one_expert_needs_no_further_setting():
+    assert StudyConfig(num_experts=1).router_settings().top_k == 1
+    assert StudyConfig().router_settings().top_k == 2
 
 
 def test_an_unknown_study():

@@ -37,6 +37,13 @@ def test_with_a_full_cache_answers_are_those_of_transformers(family):
     assert found.stats.read_seconds > 0 and min(found.seconds) > 0
 
 
+def test_a_model_whose_own_settings_search_beams_gives_one_answer(llama, monkeypatch):
+    expected = ask(llama, QUESTIONS[:1], "keydiff:0.5").answers
+    monkeypatch.setattr(llama.generation_config, "num_beams", 4)
+    monkeypatch.setattr(llama.generation_config, "num_return_sequences", 2)
+    assert ask(llama, QUESTIONS[:1], "keydiff:0.5").answers == expected
+
+
 def test_answers_do_not_depend_on_other_questions(llama):
     together = ask(llama, QUESTIONS, "keydiff:0.5")
     backwards = ask(llama, QUESTIONS[::-1], KeyDiffPress(0.5))
@@ -192,6 +199,7 @@ def test_bad_input_is_refused_before_anything_is_read(llama, monkeypatch):
     refused(llama, "unknown option of generation 'temprature'; did you mean 'temperature'", temprature=1.0)
     refused(llama, "attention_mask cannot be given", attention_mask=None)
     refused(llama, "num_beams=4: a question gets one answer", num_beams=4)
+    refused(llama, "num_beams=4: a question gets one answer", generation_config=GenerationConfig(num_beams=4))
     refused(llama, "seen 60 tokens and the context has 61", context=f"{CONTEXT} w5", cache=read)
     refused(llama, "has no part in", press="knorm:0.5", cache=read)
     refused(llama, "carries KnormPress", cache=carried)

@@ -50,6 +50,8 @@ def test_the_pipeline_takes_what_kvpress_takes(pipe):
 def test_the_pipeline_refuses_what_is_not_clear(pipe):
     with pytest.raises(ValueError, match="not both"):
         pipe(CONTEXT, question="w5", questions=["w5"])
+    with pytest.raises(ValueError, match="a cache holds one context"):  # the second would be answered from the first
+        pipe([CONTEXT, words(40, seed=3)], question="w5", cache=PiKVCache(pipe.model.config))
     with pytest.raises(ValueError, match="a question is empty"):
         pipe(CONTEXT, questions=["w5", ""])
     with pytest.raises(ValueError, match="unknown press"):

@@ -38,7 +38,7 @@ def test_presses_that_act_in_their_own_way():
 
     with pytest.raises(ValueError, match="Own cannot be used here: it overrides forward_hook"):
         from_kvpress(Own(0.5))
-    with pytest.raises(ValueError, match="OwnMerging cannot be used here: it changes the keys or values"):
+    with pytest.raises(ValueError, match="OwnMerging cannot be used here: it changes the values"):
         from_kvpress(OwnMerging(kvpress.KnormPress(0.5)))
 
 

@@ -358,7 +358,13 @@ def test_how_to_calibrate_is_said(llama):
             "press.calibrate(model) or "
             "`pikv calibrate --model FOLDER --num-experts 2 --top-k 1 --capacity-factor 2.0 --out FOLDER`",
         ),
+        (
+            dict(dropout=0.0, aux_loss_weight=0.5),
+            "press.calibrate(model) or "
+            "`pikv calibrate --model FOLDER --num-experts 4 --dropout 0.0 --aux-loss-weight 0.5 --out FOLDER`",
+        ),
         (dict(experts=experts), "press.calibrate(model)"),
+        (dict(router_type="pikv", cache_aware=False), "press.calibrate(model)"),  # the command cannot do it
     ):
         press = MoERouterPress(0.5, **options)
         with pytest.warns(UserWarning, match=f"evenly, as all kinds of router do then; to train it, {re.escape(said)}$"):
@@ -378,6 +384,19 @@ def test_how_to_calibrate_names_the_model(llama, tmp_path, monkeypatch):
         monkeypatch.setattr(llama.config, "_name_or_path", name)
         with pytest.warns(UserWarning, match=f"to train it, press.calibrate\\(model\\) or {re.escape(command)}$"):
             run(llama, MoERouterPress(0.5))
+
+
+def test_how_to_calibrate_names_a_folder_without_an_older_file(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, other = tmp_path / "mine", tmp_path / "mine-calibration"
+    for folder in (model, other):
+        folder.mkdir()
+    monkeypatch.setattr(llama.config, "_name_or_path", str(model))
+    (model / "pikv_calibration.safetensors").touch()
+    assert "--out mine-calibration`, then calibration='mine-calibration/pikv_cal" in MoERouterPress(0.5).to_calibrate(llama)
+    (other / "pikv_calibration.safetensors").touch()
+    assert "--out mine-calibration-2`" in MoERouterPress(0.5).to_calibrate(llama)
+    assert f"--out {model}`" in MoERouterPress(0.5, num_experts=2).to_calibrate(llama)
 
 
 def test_calibrating_makes_it_calibrated(llama):

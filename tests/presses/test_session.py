@@ -1,6 +1,7 @@
 """Applying presses: installed for a block, undone whatever happens, the same on every model."""
 
 import contextlib
+from threading import Thread
 
 import pytest
 import torch
@@ -8,17 +9,20 @@ from cases import every_press
 from transformers import DynamicCache, GenerationConfig
 
 from pikv import PiKVCache
-from pikv.hf.sessions import _blocks, _passes
+from pikv.hf.sessions import ForwardInputs, _blocks, _passes
 from pikv.presses import (
+    AdaKVPress,
     BasePress,
     ComposedPress,
     DuoAttentionPress,
+    KeyDiffPress,
     KnormPress,
     MoERouterPress,
     NoCompressionPress,
     NonCausalAttentionPress,
     SnapKVPress,
     StreamingLLMPress,
+    session,
 )
 from tiny import batch_of, build
 
@@ -91,6 +95,27 @@ def test_autocast_that_lowers_values_alone(llama):
     with torch.no_grad(), NonCausalAttentionPress(0.5)(llama), torch.autocast("cpu", dtype=torch.bfloat16):
         llama(batch_of([40])[0], past_key_values=cache)
     assert cache.lengths(0).tolist() == [[20] * 4]
+
+
+def test_a_setting_changed_in_a_block_shows_other_threads_no_session_half_made(llama, monkeypatch):
+    """Another thread begins a forward pass while the session of the new setting is being made."""
+    press, others, layers_of = AdaKVPress(KeyDiffPress(0.5)), [], session.ragged_layers
+    ids, mask = batch_of([40])
+    inputs = ForwardInputs(cache=PiKVCache(llama.config), batch_size=1, num_new=40, input_ids=ids, attention_mask=mask)
+    begin = session.listener_factory(press, llama)
+
+    def layers_meanwhile(config):
+        monkeypatch.setattr(session, "ragged_layers", layers_of)
+        thread = Thread(target=lambda: others.append(begin(inputs)))
+        thread.start()
+        thread.join()
+        return layers_of(config)
+
+    before = begin(inputs)
+    press.press = SnapKVPress(0.5)
+    monkeypatch.setattr(session, "ragged_layers", layers_meanwhile)
+    after = begin(inputs)
+    assert [each.needs.queries for each in (before, *others, after)] == [False, True, True]
 
 
 def test_the_innermost_of_nested_presses_acts(llama):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from pikv.models.demo.tokenizer import build_tokenizer
-from pikv.tasks.contexts import retrieval_samples, text_sample
+from pikv.tasks.contexts import retrieval_samples
 from pikv.tasks.retrieval import make_retrieval
 
 
@@ -56,15 +56,3 @@ def test_contexts_have_the_length_that_was_asked_for(num_tokens):
 def test_contexts_too_short_for_their_records():
     with pytest.raises(ValueError, match="no room for 40 records"):
         retrieval_samples(build_tokenizer(), num_tokens=100, num_samples=1, num_records=40, num_questions=1, seed=0)
-
-
-def test_text_of_ones_own():
-    sample = text_sample(build_tokenizer(), "the red fox", "? red fox", num_answer_tokens=4)
-    assert (len(sample.context_ids), len(sample.questions[0].prompt_ids)) == (4, 3)
-    assert sample.questions[0].answer is None
-    going_on = text_sample(build_tokenizer(), "the red fox", None, num_answer_tokens=4)
-    assert (len(going_on.context_ids), len(going_on.questions[0].prompt_ids)) == (3, 1)
-    with pytest.raises(ValueError, match="the context is empty"):
-        text_sample(build_tokenizer(), "  ", None, num_answer_tokens=4)
-    with pytest.raises(ValueError, match="the question is empty"):
-        text_sample(build_tokenizer(), "the red fox", " ", num_answer_tokens=4)

@@ -11,6 +11,7 @@ from pikv.cache.block import RowBlock
 from pikv.cache.change import Change
 from pikv.cache.formats.base import FORMATS
 from pikv.cache.formats.dense import DenseSegment
+from pikv.cache.integrity import check_blocks
 from pikv.cache.kept import KeptTokens
 from pikv.cache.regroup import copies_of, drop_from, gather_kept, merge, plain_tensors, split
 from pikv.cache.table import RowTable
@@ -31,7 +32,7 @@ class RaggedRows:
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, keys: Tensor, values: Tensor) -> None:
-        """``keys`` and ``values`` only lend their head dimensions, data type and device."""
+        """``keys`` and ``values`` only tell the head dimensions, data type and device."""
         self.batch_size = batch_size
         self.num_kv_heads = num_kv_heads
         row_ids = list(range(batch_size * num_kv_heads))
@@ -283,18 +284,7 @@ class RaggedRows:
 
     def check_integrity(self, *, with_values: bool = True) -> None:
         """Raises AssertionError unless every row lies in one block, within its capacity, with ascending positions."""
-        row_ids = sorted(row for block in self.blocks for row in block.row_ids)
-        assert row_ids == list(range(self.batch_size * self.num_kv_heads)), f"rows lost or shared: {row_ids}"
-        for block in self.blocks:
-            block.check_integrity(with_values=with_values)
-            assert block.has_positions or all(block.length == self.seen[row // self.num_kv_heads] for row in block.row_ids), (
-                "tokens are missing, and nothing says which"
-            )
-            if block.length == 0:
-                continue
-            positions = block.kept_positions()
-            seen = torch.tensor([self.seen[row // self.num_kv_heads] for row in block.row_ids], device=positions.device)
-            assert bool((positions[:, 0] >= 0).all() and (positions[:, -1] < seen).all()), "positions beyond what was seen"
+        check_blocks(self.blocks, self.seen, self.num_kv_heads, with_values=with_values)
         if self._table is not None:
             self._table.check_integrity(RowTable.of(self.blocks, self.batch_size * self.num_kv_heads))
 

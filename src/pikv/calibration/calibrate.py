@@ -15,6 +15,7 @@ from pikv.calibration.training import Trainer, TrainingSettings
 from pikv.calibration.validation import validate
 from pikv.hf.identity import fingerprint, model_signature
 from pikv.hf.support import check_supported
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.experts import RetentionExpert, default_experts
 from pikv.routing.factory import ROUTERS, default_top_k
 from pikv.tasks.contexts import TokenizedSample
@@ -28,9 +29,9 @@ def calibrate(
     kinds: Sequence[str] | None = None,
     experts: Mapping[str, RetentionExpert] | None = None,
     top_k: int | None = None,
-    capacity_factor: float = 1.5,
-    dropout: float = 0.1,
-    aux_loss_weight: float = 0.01,
+    capacity_factor: float = CAPACITY_FACTOR,
+    dropout: float = DROPOUT,
+    aux_loss_weight: float = AUX_LOSS_WEIGHT,
     num_tokens: int | None = None,
     num_steps: int = 300,
     seed: int = 0,

@@ -17,6 +17,7 @@ from pikv.calibration.samples import CalibrationSample, CalibrationSamples
 from pikv.calibration.targets import LayerReading, TargetStatistics, read_sample
 from pikv.hf.identity import fingerprint, model_signature
 from pikv.hf.shape import hidden_size
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.base import MoERouter
 from pikv.routing.experts.base import RetentionExpert, rank_scores_of
 from pikv.routing.factory import create_moe_router
@@ -47,9 +48,9 @@ class TrainingSettings:
 
     kinds: tuple[str, ...]
     top_k: int = 2
-    capacity_factor: float = 1.5
-    dropout: float = 0.1
-    aux_loss_weight: float = 0.01
+    capacity_factor: float = CAPACITY_FACTOR
+    dropout: float = DROPOUT
+    aux_loss_weight: float = AUX_LOSS_WEIGHT
     num_tokens: int = 1024
     num_steps: int = 300
     seed: int = 0

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,11 +36,16 @@ def ask_command(
     question: Annotated[
         list[str] | None, typer.Option(help="May be repeated; on a terminal, without any, you are asked for them.")
     ] = None,
-    questions_file: Annotated[str | None, typer.Option(metavar="PATH", help="A file with a question a line.")] = None,
+    questions_file: Annotated[
+        Path | None,
+        typer.Option(help="A file of questions, one a line or as JSON; expected answers, as pikv compare takes, are left out."),
+    ] = None,
     press: PressOption = "none",
     model: ModelOption = "demo",
     max_new_tokens: NewTokensOption = 64,
-    save: Annotated[Path | None, typer.Option(help="Write the compressed cache here, to ask it tomorrow.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the compressed cache here, to ask it tomorrow; questions may then wait.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Ask what --save wrote, instead of reading a file.")] = None,
     chunk_size: ChunkOption = None,
     chat_template: ChatOption = True,
@@ -66,10 +72,14 @@ def ask_command(
     questions = _questions(question, questions_file)
     if file is None and cache is None:
         raise ValueError("name a text file to ask, or a cache with --cache")
-    if not questions and (file == "-" or not sys.stdin.isatty()):
-        raise ValueError("there is no question: give --question or --questions-file; on a terminal you are asked for them")
-    if save is not None and (save.is_dir() or not save.parent.is_dir()):
-        raise ValueError(f"cannot write {save}: {'it is' if save.is_dir() else f'{save.parent} is not'} a folder")
+    can_type = file != "-" and sys.stdin.isatty()
+    if not questions and save is None and not can_type:
+        raise ValueError(
+            "there is no question: give --question or --questions-file, or --save to ask later; on a terminal you are asked "
+            "for them"
+        )
+    if save is not None:
+        _check_new(save)
     text = None if file is None else read_text(file)
     hide_bars(model)
     from transformers import TextStreamer, set_seed
@@ -99,10 +109,11 @@ def ask_command(
             system=system,
         )
     if save is not None:
+        _check_new(save)  # reading took a while
         document.cache.save(save)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     seconds = 0.0
-    for asked in questions or _typed():
+    for asked in questions or (_typed() if can_type else ()):
         if len(questions) > 1:
             print(f"> {asked}")
         try:
@@ -121,19 +132,30 @@ def say_what_was_kept(document: "Document", seconds: float) -> None:
     console.print(f"{document.stats}, answered in {seconds:.2f} s", style="dim")
 
 
-def _questions(given: list[str] | None, file: str | None) -> list[str]:
-    """The questions of the command line, then those of a file."""
+def _check_new(path: Path) -> None:
+    """Raises ValueError where no file can be made, or there is one."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: {'it is' if path.is_dir() else f'{path.parent} is not'} a folder")
+    if path.exists():
+        raise ValueError(f"{path} exists and is never overwritten: delete it or move it first")
+
+
+def _questions(given: list[str] | None, file: Path | None) -> list[str]:
+    """The questions of the command line, then those of a file, which may hold expected answers."""
     questions = list(given or ())
-    if file is not None:
-        questions += [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if any(not question.strip() for question in questions):
         raise ValueError("a question is empty")
+    if file is not None:
+        from pikv.evaluation.questions import read_questions
+
+        questions += [question.text for question in read_questions(file)]
     return questions
 
 
 def _typed() -> Iterator[str]:
     """Questions as they are typed, up to an empty line."""
-    import readline  # noqa: F401 -- lines can be edited and called back
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 -- lines can be edited and called back
 
     print("Ask, or press Enter to end.")
     while True:

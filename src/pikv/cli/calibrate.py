@@ -1,6 +1,5 @@
 """``pikv calibrate``: routers, head budgets and retrieval heads, learned from a model's own attention."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,37 +9,46 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pikv.cli.options import folder
+from pikv.cli.options import (
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    folder,
+    hide_bars,
+)
 from pikv.cli.progress import busy, load_libraries, progress_bars
 from pikv.cli.results import print_line, print_table
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT, NUM_EXPERTS
+from pikv.tasks.text_file import read_text_file
 
 if TYPE_CHECKING:
     from pikv.calibration.files import Calibration
 
 
 def calibrate_command(
-    model: Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")] = "demo",
+    model: ModelOption = "demo",
     texts: Annotated[
         list[Path] | None, typer.Option(help="Text files to learn from, may be repeated. (default: synthetic retrieval)")
     ] = None,
     routers: Annotated[str, typer.Option(help="Kinds of router, comma-separated. (default: all)")] = "",
-    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
+    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = NUM_EXPERTS,
     top_k: Annotated[
         int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
     ] = None,
-    capacity_factor: Annotated[float, typer.Option(help="Slots of an expert, over its even share of the tokens.")] = 1.5,
-    dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = 0.1,
-    aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = 0.01,
+    capacity_factor: Annotated[
+        float, typer.Option(help="Slots of an expert, over its even share of the tokens.")
+    ] = CAPACITY_FACTOR,
+    dropout: Annotated[float, typer.Option(help="Share of a gate's inputs that training leaves out.")] = DROPOUT,
+    aux_loss_weight: Annotated[float, typer.Option(help="Weight of the routers' balance loss.")] = AUX_LOSS_WEIGHT,
     context_length: Annotated[
         int | None,
         typer.Option(help="Tokens of the longest contexts. (default: 1024, or half of the model's positions if that is less)"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Contexts to learn from, one a step.")] = 300,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
-    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts and of dropout.")] = 0,
     out: Annotated[
         Path,
@@ -69,8 +77,7 @@ def calibrate_command(
 
       pikv calibrate --model ./my-model --texts notes.txt --texts manual.txt
     """
-    if model == "demo" or Path(model).exists():  # bars are for downloads
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_bars(model)
     load_libraries()
     from pikv.calibration.calibrate import calibrate, training_settings
     from pikv.calibration.checkpoint import Checkpoint
@@ -83,7 +90,7 @@ def calibrate_command(
 
     path = out / file_name(num_experts)
     kinds = [kind.strip() for kind in routers.split(",") if kind.strip()] or None
-    experts, sources = default_experts(num_experts), None if texts is None else [_read(text) for text in texts]
+    experts, sources = default_experts(num_experts), None if texts is None else [read_text_file(text, "text") for text in texts]
     unknown_kinds = [kind for kind in kinds or [] if kind not in ROUTERS]
     if unknown_kinds:
         raise unknown("router", unknown_kinds[0], ROUTERS)
@@ -166,13 +173,6 @@ def _save(calibration: "Calibration", path: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{reason}; nor can it be saved elsewhere: {error}") from None
     raise ValueError(f"{reason}; the calibration is saved as {rescued}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the text {path}: {error}") from None
 
 
 def _print(calibration: "Calibration") -> None:

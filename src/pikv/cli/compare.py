@@ -1,6 +1,5 @@
 """``pikv compare``: methods side by side."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +8,19 @@ import typer
 from rich.console import Console
 
 from pikv.cli import notes
-from pikv.cli.options import folder
+from pikv.cli.options import (
+    AttentionOption,
+    CalibrateOption,
+    CalibrationOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    TaskOption,
+    folder,
+    hide_bars,
+)
 from pikv.cli.progress import busy, load_libraries, progress_bars, roughly
-from pikv.cli.results import InterruptedRunError, publish
+from pikv.cli.results import InterruptedRunError, keep_calibrations, publish
 from pikv.evaluation.defaults import (
     DEFAULT_METHODS,
     DEFAULT_TASK,
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def compare_command(
-    model: Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")] = "demo",
+    model: ModelOption = "demo",
     methods: Annotated[
         str,
         typer.Option(
@@ -37,10 +46,7 @@ def compare_command(
     num_experts: Annotated[
         int | None, typer.Option(help="Retention experts that routers choose among. (default: the press's own)")
     ] = None,
-    task: Annotated[
-        str,
-        typer.Option(help="What quality is measured on: retrieval, or a class in a file of your own, my_task.py:MyTask."),
-    ] = DEFAULT_TASK,
+    task: TaskOption = DEFAULT_TASK,
     context_length: Annotated[
         int | None,
         typer.Option(help="Tokens of the contexts that quality is measured on. (default: 1024, or what fits the model)"),
@@ -55,16 +61,13 @@ def compare_command(
     ] = None,
     questions_file: Annotated[
         Path | None,
-        typer.Option(help="A file of questions, one a line, with the expected answer behind a tab or as JSON if it is known."),
+        typer.Option(help="A file of questions, one a line, with the expected answer after a tab or as JSON if it is known."),
     ] = None,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")
     ] = False,
-    calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="First train routers that need it; saved with the results. (minutes, or more)"),
-    ] = False,
+    calibration: CalibrationOption = None,
+    calibrate: CalibrateOption = False,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Twice the contexts and the longest length, and one more timing of everything.")
     ] = False,
@@ -73,15 +76,15 @@ def compare_command(
     ] = None,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
-    num_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for every timing.")] = 32,
+    num_new_tokens: Annotated[
+        int, typer.Option("--num-new-tokens", "--max-new-tokens", help="Tokens to generate for every timing.")
+    ] = 32,
     repeats: Annotated[
         int | None, typer.Option(help=f"Timings of every method and length. (default: {REPEATS}, thorough {THOROUGH_REPEATS})")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
-    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
     out: Annotated[
         Path | None, typer.Option(parser=folder, metavar="PATH", help="Folder for the results. (default: out/compare-<time>)")
@@ -107,15 +110,13 @@ def compare_command(
 
       pikv compare --context report.txt --questions-file questions.txt --model ./my-model
     """
-    if model == "demo" or Path(model).exists():  # bars are for downloads; reading a folder takes no time
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_bars(model)
     load_libraries()
     from pikv.evaluation.compare import CompareConfig, compare, prepare
     from pikv.evaluation.costs import total_seconds, try_costs
     from pikv.evaluation.notes import notes_before
     from pikv.evaluation.report.compare import compare_tables, improvements, write_compare
     from pikv.evaluation.report.folder import choose_folder
-    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.summary import summary_frame
     from pikv.models.loading import load_model
 
@@ -145,11 +146,12 @@ def compare_command(
     )
     config.check()
     results = choose_folder(out, "compare")
+    files = ["results.csv", "results.json", "report.html"]
     with busy(f"reading model {model}"):
         loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
     if calibrate:
         with progress_bars() as progress:
-            config, plan = prepare(config, loaded, tokenizer, progress)
+            config, plan = prepare(config, loaded, tokenizer, progress, keep_calibrations(results, files))
     else:
         with busy("checking every method"):
             config, plan = prepare(config, loaded, tokenizer)
@@ -162,12 +164,9 @@ def compare_command(
         result = compare(config, plan, progress, costs)
     result = replace(result, notes=list(dict.fromkeys([*result.notes, *notes.shown])))
 
-    files = ["results.csv", "results.json", "report.html"]
-
     def write(part: Path) -> None:
         result.save(part, {"results": summary_frame(result)})
         write_compare(result, part / "report.html")
-        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,

@@ -1,7 +1,6 @@
 """``pikv experiment``: the studies of routers and presses."""
 
 import logging
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pikv.cli import notes
-from pikv.cli.options import folder
+from pikv.cli.options import (
+    AttentionOption,
+    CalibrateOption,
+    CalibrationOption,
+    DeviceOption,
+    DtypeOption,
+    TaskOption,
+    folder,
+    hide_bars,
+)
 from pikv.cli.progress import busy, load_libraries, progress_bars
-from pikv.cli.results import publish
+from pikv.cli.results import InterruptedRunError, keep_calibrations, publish
 from pikv.evaluation.defaults import DEFAULT_TASK
 
 
@@ -26,11 +34,8 @@ def experiment_command(
     model: Annotated[
         str | None, typer.Option(help="random, demo, a hub id or a local folder. (default: the data set's)")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="What pikv calibrate wrote, if not beside the model.")] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="First train routers that need it; saved with the results. (minutes, or more)"),
-    ] = False,
+    calibration: CalibrationOption = None,
+    calibrate: CalibrateOption = False,
     batch_size: Annotated[int, typer.Option(help="Sequences that are read together.")] = 2,
     num_tokens: Annotated[
         int | None,
@@ -39,27 +44,29 @@ def experiment_command(
     repeats: Annotated[int | None, typer.Option(help="Batches to measure on. (default: the study's, mostly 5)")] = None,
     passes: Annotated[int, typer.Option(help="Times to read each batch; the fastest counts.")] = 3,
     num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
+    ] = None,
     capacity_factor: Annotated[float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")] = 1.5,
     cache_aware: Annotated[bool, typer.Option(help="Let the pikv router prefer experts whose tokens were read.")] = True,
     own_amounts: Annotated[
         bool, typer.Option("--own-amounts", help="Let each expert of 'experts' keep its own amount, not the same.")
     ] = False,
     num_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate after each reading. (default: the study's, mostly 0)")
+        int | None,
+        typer.Option(
+            "--num-new-tokens",
+            "--max-new-tokens",
+            help="Tokens to generate after each reading. (default: the study's, mostly 0)",
+        ),
     ] = None,
-    task: Annotated[
-        str,
-        typer.Option(help="What quality is measured on: retrieval, or a class in a file of your own, my_task.py:MyTask."),
-    ] = DEFAULT_TASK,
+    task: TaskOption = DEFAULT_TASK,
     num_contexts: Annotated[int, typer.Option(help="Contexts for quality, where answers are known.")] = 8,
     num_records: Annotated[int, typer.Option(help="Records hidden in each.")] = 40,
     num_questions: Annotated[int, typer.Option(help="Questions about each.")] = 24,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ... (default: the model's)")
-    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
     hidden_size: Annotated[int, typer.Option(help="Hidden size of the random model, which has 8 heads.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the random model and of all data.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Log what every press decided in every layer.")] = False,
@@ -73,7 +80,7 @@ def experiment_command(
     rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, eplb_duo
     EPLB routing with DuoAttention, DuoAttention and no compression in pairs, calibration trained routers beside all that they
     have to be better than.
-    Writes results.csv (every run), summary.csv, results.json and report.html.
+    Ctrl-C saves what is finished. Writes results.csv (every run), summary.csv, results.json and report.html.
 
     Examples:
 
@@ -91,12 +98,10 @@ def experiment_command(
 
       pikv experiment benchmark --model Qwen/Qwen3-0.6B --data demo --device cuda --dtype bfloat16
     """
-    if model in (None, "random", "demo") or Path(model or "").exists():  # bars are for downloads
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_bars(None if model == "random" else model)
     load_libraries()
     from pikv.evaluation.report.folder import choose_folder
     from pikv.evaluation.report.study import study_tables, write_study
-    from pikv.evaluation.router_calibration import save_calibrations
     from pikv.evaluation.studies.registry import get_study
     from pikv.evaluation.studies.run import StudyConfig, prepare, run_study
     from pikv.evaluation.summary import measurements_frame, summary_frame
@@ -128,21 +133,19 @@ def experiment_command(
         seed=seed,
     )
     results = choose_folder(out, study)
+    files = ["results.csv", "summary.csv", "results.json", "report.html"]
     messages = Console(stderr=True, emoji=False)
     if debug:
         _log_to(messages)
     with progress_bars(messages) as progress:
         with nullcontext() if calibrate else busy("reading the model"):
-            plan, inputs = prepare(chosen, config, progress)
+            plan, inputs = prepare(chosen, config, progress, keep_calibrations(results, files))
         result = run_study(chosen, config, plan, inputs, progress)
     result = replace(result, notes=[*result.notes, *notes.shown])
-
-    files = ["results.csv", "summary.csv", "results.json", "report.html"]
 
     def write(part: Path) -> None:
         result.save(part, {"results": measurements_frame(result), "summary": summary_frame(result)})
         write_study(result, part / "report.html")
-        files.extend(save_calibrations(plan.calibrations, part))
 
     publish(
         results,
@@ -152,6 +155,8 @@ def experiment_command(
         lines=lambda: [*result.highlights, *(f"note: {note}" for note in result.notes if note not in notes.shown)],
         expected=[] if result.expected is None else [result.expected],
     )
+    if result.was_interrupted:
+        raise InterruptedRunError(f"what was finished is in {results}")
 
 
 def _log_to(console: Console) -> None:

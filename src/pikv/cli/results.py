@@ -13,6 +13,7 @@ from rich.console import Console
 from pikv.cli.tables import table_lines
 
 if TYPE_CHECKING:
+    from pikv.calibration.files import Calibration
     from pikv.evaluation.report.tables import Table
 
 
@@ -51,6 +52,23 @@ def publish(
         _forget_output()
         raise OSError(f"cannot print: {unprinted.strerror or unprinted}; the results are in {folder}") from unprinted
     Console(emoji=False).print(f"\nresults: {folder}/{', '.join(files)}", highlight=False, soft_wrap=True, markup=False)
+
+
+def keep_calibrations(folder: Path, files: list[str]) -> Callable[["Calibration"], None]:
+    """Writes each calibration into a folder as soon as it is trained, says so, and adds its name to ``files``.
+
+    The files of results follow, or do not, where a run ends before there are any.
+    """
+    from pikv.evaluation.report.folder import save_files
+    from pikv.evaluation.router_calibration import calibration_name
+
+    def keep(calibration: "Calibration") -> None:
+        name = calibration_name(calibration, files)
+        save_files(folder, lambda part: calibration.save(part / name))
+        files.append(name)
+        Console(stderr=True, emoji=False).print(f"calibration: {folder}/{name}", highlight=False, soft_wrap=True, markup=False)
+
+    return keep
 
 
 def _forget_output() -> None:

@@ -22,19 +22,18 @@ from pikv.evaluation.defaults import (
     THOROUGH_LONG_CONTEXT_LENGTH,
 )
 from pikv.evaluation.environment import environment
-from pikv.evaluation.lengths import check_lengths, fitting_length
+from pikv.evaluation.lengths import check_kept, check_lengths, fitting_length
 from pikv.evaluation.methods import Method, parse_methods
 from pikv.evaluation.notes import notes_on
 from pikv.evaluation.plan import Batch, Plan
 from pikv.evaluation.questions import OwnQuestion, read_context, read_questions
 from pikv.evaluation.results import Result
-from pikv.evaluation.router_calibration import calibrate_for
-from pikv.evaluation.runner import Outcome, run_plan
+from pikv.evaluation.router_calibration import Keep, calibrate_for, waits_for_training
+from pikv.evaluation.runner import run_plan, what_is_missing
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
 from pikv.evaluation.trial import failures_explained, try_methods
-from pikv.hf.shape import num_positions
-from pikv.tasks.contexts import TokenizedSample
+from pikv.generation.document import check_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +97,15 @@ class CompareConfig(EvaluationConfig):
 
 
 def prepare(
-    config: CompareConfig, model: Any, tokenizer: Any, progress: ProgressBar = no_progress
+    config: CompareConfig,
+    model: Any,
+    tokenizer: Any,
+    progress: ProgressBar = no_progress,
+    keep: Keep = lambda calibration: None,
 ) -> tuple[CompareConfig, Plan]:
     """Reads and checks everything that a comparison needs, and trains what it is to train, before any of it is run.
+
+    What needs no training is checked first; ``keep`` is called with each calibration as soon as there is one.
 
     Returns:
         the configuration with the lengths that were chosen, and the plan
@@ -123,8 +128,10 @@ def prepare(
     )
     if config.context is not None:
         length = len(samples[0].context_ids)
-        check_lengths(model, methods, [length], config.num_new_tokens)
-        _check_questions(model, samples[0], config.num_new_tokens)
+        check_positions(
+            model, length, max(len(question.prompt_ids) for question in samples[0].questions), config.num_new_tokens
+        )
+        check_kept(methods, length)
         config = replace(config, context_length=length, long_context_length=length)
     assert config.context_length is not None
     questions = QuestionSet(
@@ -135,18 +142,17 @@ def prepare(
         num_tokens=config.context_length,
         question_aware=config.question_aware,
     )
-    calibrations = calibrate_for(config, model, tokenizer, methods, progress)
-    for method in methods:
-        with failures_explained(method):
-            method.press().bind(model)
-    try_methods(model, methods, samples[0].context_ids)
+    batches = _batches(config, task, tokenizer)
+    waiting = [method for method in methods if waits_for_training(config, model, method)]
+    _check_methods(model, [method for method in methods if method not in waiting], samples[0].context_ids)
+    calibrate_for(config, model, tokenizer, methods, progress, keep)
+    _check_methods(model, waiting, samples[0].context_ids)
     plan = Plan(
         model=model,
         methods=methods,
-        batches=_batches(config, task, tokenizer),
+        batches=batches,
         questions=questions,
         num_new_tokens=config.num_new_tokens,
-        calibrations=calibrations,
     )
     return config, plan
 
@@ -173,7 +179,7 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
         measurements=outcome.measurements,
         quality=outcome.quality,
         notes=[
-            *([_what_is_missing(plan, outcome)] if outcome.was_interrupted else []),
+            *([what_is_missing(plan, outcome)] if outcome.was_interrupted else []),
             *notes_on(done, outcome.quality),
             *(f"left out, because it failed: {reason}" for reason in outcome.failed.values()),
         ],
@@ -181,23 +187,12 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
     )
 
 
-def _what_is_missing(plan: Plan, outcome: Outcome) -> str:
-    num_methods, num_measurements = len(plan.methods), len(plan.methods) * len(plan.batches)
-    return (
-        f"Interrupted: these are the answers of {len(outcome.quality)} of {num_methods} methods, and "
-        f"{len(outcome.measurements)} of {num_measurements} measurements of time and memory."
-    )
-
-
-def _check_questions(model: Any, sample: TokenizedSample, num_new_tokens: int) -> None:
-    """Raises ValueError if the context, its longest question and the answer exceed the model's positions."""
-    limit, length = num_positions(model.config), len(sample.context_ids)
-    longest = max(len(question.prompt_ids) for question in sample.questions)
-    if limit is not None and length + longest + num_new_tokens > limit:
-        raise ValueError(
-            f"a context of {length} tokens, a question of {longest} and {num_new_tokens} new tokens exceed "
-            f"the {limit} positions of the model"
-        )
+def _check_methods(model: Any, methods: Sequence[Method], token_ids: Sequence[int]) -> None:
+    """Binds methods to the model, and lets each read a few tokens."""
+    for method in methods:
+        with failures_explained(method):
+            method.press().bind(model)
+    try_methods(model, methods, token_ids)
 
 
 def _with_lengths(config: CompareConfig, model: Any, methods: Sequence[Method]) -> CompareConfig:

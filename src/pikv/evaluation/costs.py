@@ -34,13 +34,11 @@ class Costs:
 
     Attributes:
         near, far: at the length of the questions' contexts, and at a longer one, if there is any
-        overhead: of each measurement of time and memory
         factors: what reading under a method takes, as a multiple of the full cache's
     """
 
     near: Point
     far: Point
-    overhead: float = 0.0
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def read(self, method: str, num_tokens: int) -> float:
@@ -81,7 +79,7 @@ def warm_up_seconds(plan: Plan, costs: Costs, method: str) -> float:
 def batch_seconds(plan: Plan, costs: Costs, method: str, num_tokens: int) -> float:
     """Of one measurement of time and memory."""
     reading = costs.read(method, num_tokens) + (costs.read(FULL, num_tokens) if plan.beside_full else 0.0)
-    return plan.num_passes * (reading + plan.num_new_tokens * costs.step(num_tokens) + costs.overhead)
+    return plan.num_passes * (reading + plan.num_new_tokens * costs.step(num_tokens))
 
 
 def total_seconds(plan: Plan, costs: Costs) -> float:

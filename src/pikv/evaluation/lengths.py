@@ -37,8 +37,13 @@ def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int],
             f"a context of {max(lengths)} tokens, a question and {num_new_tokens} new tokens exceed "
             f"the {limit} positions of the model"
         )
+    check_kept(methods, min(lengths))
+
+
+def check_kept(methods: Sequence[Method], num_tokens: int) -> None:
+    """Raises ValueError if a method would keep nothing of a context of ``num_tokens`` tokens."""
     for method in methods:
         with failures_explained(method):
-            smallest = method.press().min_kept(min(lengths))
+            smallest = method.press().min_kept(num_tokens)
         if smallest < 1:
-            raise ValueError(f"method {method.name!r} would keep no token of a context of {min(lengths)} tokens")
+            raise ValueError(f"method {method.name!r} would keep no token of a context of {num_tokens} tokens")

@@ -10,6 +10,7 @@ from pikv.presses.moe import MoERouterPress
 from pikv.presses.none import NoCompressionPress
 from pikv.presses.registry import PRESSES, list_presses
 from pikv.presses.spec import get_press, parse_ratio, split_outside_brackets
+from pikv.routing.factory import default_top_k
 
 FULL = "none"
 RATIO_OF_ALL = "0.75"
@@ -89,6 +90,6 @@ def _build_with_experts(spec: str, num_experts: int) -> BasePress:
     for part in split_outside_brackets(spec, "+"):
         press = get_press(part)
         if any(isinstance(each, MoERouterPress) for each in parts_of(press)):
-            press = get_press(part, num_experts=num_experts, top_k=min(2, num_experts))
+            press = get_press(part, num_experts=num_experts, top_k=default_top_k(num_experts))
         presses.append(press)
     return presses[0] if len(presses) == 1 else ComposedPress(presses)

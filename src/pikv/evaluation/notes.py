@@ -6,6 +6,7 @@ from pikv.evaluation.methods import FULL
 from pikv.evaluation.plan import Plan
 from pikv.evaluation.results import Quality
 from pikv.evaluation.router_calibration import untrained_routers
+from pikv.hf.tokenizer import said_of_unknown
 
 FEW_RIGHT = 0.5
 """An accuracy of the full cache below which methods are not compared by theirs."""
@@ -28,8 +29,7 @@ def notes_on(plan: Plan, quality: Sequence[Quality]) -> list[str]:
 
 
 def _unknown_tokens(plan: Plan) -> list[str]:
-    unknown = getattr(plan.questions and plan.questions.tokenizer, "unk_token_id", None)
-    if plan.questions is None or unknown is None:
+    if plan.questions is None:
         return []
     samples = plan.questions.samples
     asked = {
@@ -39,8 +39,6 @@ def _unknown_tokens(plan: Plan) -> list[str]:
     said = []
     for what, texts in asked.items():
         tokens = [token for text in texts for token in text]
-        found = sum(token == unknown for token in tokens)
-        if found:
-            share = f"{found:,} of {len(tokens):,} tokens ({100 * found / len(tokens):.0f}%)"
-            said.append(f"{share} of the {what} are unknown to the model's tokenizer: the model does not see these words.")
+        if unknown := said_of_unknown(plan.questions.tokenizer, tokens, what):
+            said.append(f"{unknown[0].upper()}{unknown[1:]}.")
     return said

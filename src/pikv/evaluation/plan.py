@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from pikv.calibration.files import Calibration
 from pikv.evaluation.answers import QuestionSet
 from pikv.evaluation.methods import Method
 
@@ -32,7 +31,6 @@ class Plan:
         num_new_tokens: tokens to generate after each reading
         num_passes: times to read each batch
         beside_full: whether the full cache reads each batch right beside every method
-        calibrations: what was trained for these methods on the way
     """
 
     model: Any
@@ -43,4 +41,3 @@ class Plan:
     num_new_tokens: int = 0
     num_passes: int = 1
     beside_full: bool = False
-    calibrations: Sequence[Calibration] = field(default=())

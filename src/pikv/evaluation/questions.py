@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pikv.tasks.text_file import read_text_file
+
 
 @dataclass(frozen=True)
 class OwnQuestion:
@@ -25,7 +27,7 @@ def read_questions(path: Path) -> list[OwnQuestion]:
     Raises:
         ValueError: if the file cannot be read or has no question, and for a line that is none of these, with its number.
     """
-    return list(_parsed(path, _read_text(path, "questions")))
+    return list(_parsed(path, read_text_file(path, "questions")))
 
 
 def read_context(path: Path) -> str:
@@ -34,7 +36,7 @@ def read_context(path: Path) -> str:
     Raises:
         ValueError: if it cannot be read, or is empty.
     """
-    text = _read_text(path, "context")
+    text = read_text_file(path, "context")
     if not text.strip():
         raise ValueError(f"the context is empty: {path}")
     return text
@@ -44,13 +46,6 @@ def contains_answer(given: str, expected: str) -> bool:
     """Whether an answer contains the words of the expected one, one after the other; case and punctuation do not count."""
     words, wanted = _words(given), _words(expected)
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
-
-
-def _read_text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the {what} {path}: {error}") from None
 
 
 def _parsed(path: Path, text: str) -> Iterator[OwnQuestion]:

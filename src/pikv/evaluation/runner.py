@@ -53,6 +53,15 @@ def run_plan(plan: Plan, progress: ProgressBar, *, costs: Costs | None = None, m
     return outcome
 
 
+def what_is_missing(plan: Plan, outcome: Outcome) -> str:
+    """A note on a plan that the user interrupted."""
+    answered, methods = len(outcome.quality), [*plan.methods, *plan.references]
+    measured = f"{len(outcome.measurements)} of {len(plan.methods) * len(plan.batches)} measurements of time and memory"
+    if plan.questions is None:
+        return f"Interrupted: these are {measured}."
+    return f"Interrupted: these are the answers of {answered} of {len(methods)} methods, and {measured}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
     """An open progress bar, and how many of its steps each piece of work is."""

@@ -31,12 +31,15 @@ def check_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:
     """
     check_count(max_new_tokens, "max_new_tokens")
     known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    for name, value in options.items():
+    for name in options:
         if name in _OWN:
             raise ValueError(f"{name} cannot be given among the options of generation")
         if name not in known and name not in _OBJECTS:
             raise unknown("option of generation", name, known)
-        if name in _ONE_ANSWER and value not in (None, 1):
+    given = options.get("generation_config")
+    for name in _ONE_ANSWER:
+        value = options.get(name) if name in options else getattr(given, name, None)
+        if value not in (None, 1):
             raise ValueError(f"{name}={value!r}: a question gets one answer, from one beam")
 
 
@@ -102,7 +105,8 @@ def answer(
 
 def _with_defaults(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options for ``generate``: greedy, and one plain tensor of tokens, unless they say otherwise."""
-    chosen = {"do_sample": False, **options, "return_dict_in_generate": False}
+    # A model's own settings may ask for several answers, or beams.
+    chosen = {"do_sample": False, **options, **dict.fromkeys(_ONE_ANSWER, 1), "return_dict_in_generate": False}
     if not chosen["do_sample"] and "generation_config" not in options:
         # What a model's own settings say about sampling has no effect, and transformers would say so.
         chosen = {**dict.fromkeys(_SAMPLING), **chosen}

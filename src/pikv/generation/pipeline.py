@@ -1,6 +1,6 @@
 """Asking a context as a pipeline of transformers, with the arguments of kvpress's pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import Pipeline
@@ -26,7 +26,8 @@ class PiKVTextGenerationPipeline(Pipeline):
     ``do_sample=True``.
 
     Raises:
-        ValueError: before anything is read, for both ``question`` and ``questions``, and whatever ``pikv.ask`` refuses.
+        ValueError: before anything is read, for both ``question`` and ``questions``, a ``cache`` beside several contexts, and
+            whatever ``pikv.ask`` refuses.
     """
 
     _load_processor = False
@@ -35,6 +36,9 @@ class PiKVTextGenerationPipeline(Pipeline):
     _load_tokenizer = True
 
     def __call__(self, context: Any, **arguments: Any) -> Any:
+        cache = arguments.get("cache", self._forward_params.get("cache"))
+        if cache is not None and not isinstance(context, str) and isinstance(context, Iterable):
+            raise ValueError("a cache holds one context: give it one text, not several")
         return super().__call__(context, **arguments)
 
     def _sanitize_parameters(

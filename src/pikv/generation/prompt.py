@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pikv.hf.tokenizer import num_unknown
+from pikv.hf.tokenizer import said_of_unknown
 
 _BETWEEN = "\n\n"  # context and question
 _AFTER_QUESTION = "\n"  # where no chat template says what
-_MANY_UNKNOWN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +110,5 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
 
 def warn_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
     """Warns where more than a tenth of the tokens are none that the tokenizer knows."""
-    unknown = num_unknown(tokenizer, ids)
-    if unknown > _MANY_UNKNOWN * len(ids):
-        warnings.warn(
-            f"the tokenizer does not know {unknown} of the {len(ids)} tokens of the {what}: the model cannot tell them apart",
-            stacklevel=2,
-        )
+    if said := said_of_unknown(tokenizer, ids, what):
+        warnings.warn(said, stacklevel=2)

@@ -21,7 +21,8 @@ class Reading:
         cache: what the press left
         logits: of the next token, ``[B, V]``
         next_tokens: the most probable ones, ``[B, 1]``
-        seconds: of reading, compressing and choosing these tokens, without what a press finds out about a model beforehand
+        seconds: of reading, compressing and choosing these tokens, without what a press finds out about a model beforehand,
+            such as which heads retrieve
     """
 
     cache: PiKVCache

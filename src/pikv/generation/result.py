@@ -34,7 +34,8 @@ class ContextStats:
         kept_tokens: per KV head, mean over the layers that were compressed
         nbytes: that the cache held when the context was read
         dense_nbytes: that an uncompressed cache would have held
-        read_seconds: of reading and compressing; 0 for a cache that had been read before
+        read_seconds: of reading and compressing; 0 for a cache that had been read before. What a press finds out about a
+            model beforehand, such as which heads retrieve, is not in it
     """
 
     num_tokens: int

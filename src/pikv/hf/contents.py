@@ -38,7 +38,7 @@ class LayerContents(Cache):
         return SlidingLayer(self.forward_pass, sliding_window(self.config))
 
     def __repr__(self) -> str:
-        return f"PiKVCache({len(self.layers)} layers, {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
+        return f"{type(self).__name__}({len(self.layers)} layers, {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,8 @@
 """The layer of a PiKVCache that holds ragged rows, behind the layer interface of transformers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,27 +13,7 @@ from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.cache.tokens import TokenMask
 from pikv.hf.forward_pass import ForwardPass
-
-
-@dataclass(frozen=True)
-class LayerMark:
-    """Where a layer stood.
-
-    Attributes:
-        columns: seen, padding included
-        columns_at_padding: seen when padding last came
-        seen: tokens seen by each sequence; empty where there were no rows yet
-        num_evictions: how often something had been evicted
-        state: what lay beside the rows
-        rows: a copy of the rows as they were, where dropping what came since is not enough to have them back
-    """
-
-    columns: int
-    columns_at_padding: int
-    seen: tuple[int, ...]
-    num_evictions: int
-    state: Mapping[Any, RowState]
-    rows: RaggedRows | None = None
+from pikv.hf.layer_mark import LayerMark
 
 
 class PiKVLayer(HFLayer):

@@ -14,14 +14,14 @@ class CacheMark:
 
     Attributes:
         cache_id: which cache, with which sequences
-        num_takebacks: how often tokens had been taken back
+        num_rewinds: how often tokens had been taken back
         columns: seen, padding included
         is_padded_in_front: whether all padding came before the tokens
         layers: what each layer needs
     """
 
     cache_id: object
-    num_takebacks: int
+    num_rewinds: int
     columns: int
     is_padded_in_front: bool
     layers: list[Any]
@@ -33,8 +33,8 @@ class RewindableCache(LayerContents):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._id = object()
-        self._num_takebacks = 0
-        self._takebacks: list[tuple[int, int]] = []  # their numbers, and the columns that each left; both ascend
+        self._num_rewinds = 0
+        self._rewinds: list[tuple[int, int]] = []  # their numbers, and the columns that each left; both ascend
 
     def crop(self, max_length: int) -> None:
         """Takes back the newest tokens: all beyond ``max_length`` if positive, else that many.
@@ -53,14 +53,14 @@ class RewindableCache(LayerContents):
                 raise ValueError(f"cannot crop {num_tokens} tokens: {reason}")
         for layer in self.layers:
             layer.crop(-num_tokens)
-        self._note_takeback()
+        self._note_rewind()
 
     def mark(self) -> CacheMark:
         """Where the cache stands now, to ``rewind`` to; holds on to what the sliding layers hold."""
         self.forward_pass.undo()
         return CacheMark(
             self._id,
-            self._num_takebacks,
+            self._num_rewinds,
             self.get_seq_length(),
             self.forward_pass.is_padded_in_front,
             [layer.mark() for layer in self.layers],
@@ -73,7 +73,7 @@ class RewindableCache(LayerContents):
             ValueError: if tokens were evicted since then, or tokens from before were taken back; then nothing is changed.
         """
         self.forward_pass.undo()
-        is_outdated = any(number >= mark.num_takebacks and columns < mark.columns for number, columns in self._takebacks)
+        is_outdated = any(number >= mark.num_rewinds and columns < mark.columns for number, columns in self._rewinds)
         if mark.cache_id is not self._id or is_outdated:
             raise ValueError("this mark is of another cache, or tokens from before it were taken back")
         for layer, before in zip(self.layers, mark.layers, strict=True):
@@ -82,7 +82,7 @@ class RewindableCache(LayerContents):
         for layer, before in zip(self.layers, mark.layers, strict=True):
             layer.rewind(before)
         self.forward_pass.is_padded_in_front = mark.is_padded_in_front
-        self._note_takeback()
+        self._note_rewind()
 
     def drop_since(self, mark: CacheMark) -> None:
         """Drops what came since ``mark``, though tokens from before may have been evicted meanwhile: these stay evicted."""
@@ -90,7 +90,7 @@ class RewindableCache(LayerContents):
             layer.take_back(before)
         self.forward_pass.forget()
         self.forward_pass.is_padded_in_front = mark.is_padded_in_front
-        self._note_takeback()
+        self._note_rewind()
 
     def remember_rows(self, layer_idx: int, mark: CacheMark | None = None) -> None:
         """Has a layer's tokens of earlier passes kept as they are, for the pass under way or for ``drop_since(mark)``.
@@ -107,10 +107,10 @@ class RewindableCache(LayerContents):
         """The sequences that marks are about are no longer here."""
         self._id = object()
 
-    def _note_takeback(self) -> None:
+    def _note_rewind(self) -> None:
         """Notes, for marks, how far the cache went back."""
         columns = self.get_seq_length()
-        while self._takebacks and self._takebacks[-1][1] >= columns:
-            self._takebacks.pop()
-        self._takebacks.append((self._num_takebacks, columns))
-        self._num_takebacks += 1
+        while self._rewinds and self._rewinds[-1][1] >= columns:
+            self._rewinds.pop()
+        self._rewinds.append((self._num_rewinds, columns))
+        self._num_rewinds += 1

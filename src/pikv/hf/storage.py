@@ -245,7 +245,7 @@ def _unpack_ragged(layer: Any, tensors: Tensors, state: State, device: torch.dev
     if turned := state.get("contiguous"):
         lengths = torch.tensor(turned["lengths"], dtype=torch.long)
         if lengths.shape != rows.lengths.shape or len(turned["seen"]) != rows.batch_size:
-            raise ValueError("what is said of turned keys does not match the rows")
+            raise ValueError("what is said of rotated keys does not match the rows")
         layer.state[ContiguousPositions] = ContiguousPositions(turned["seen"], lengths)
     layer.is_initialized = True
 

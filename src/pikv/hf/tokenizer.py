@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+_MANY_UNKNOWN = 0.1
+
 
 def tokenizer_of(model: Any) -> Any:
     """The fast tokenizer that was saved beside the model, if there is one on this machine, else None."""
@@ -15,7 +17,10 @@ def tokenizer_of(model: Any) -> Any:
     return tokenizer if tokenizer.is_fast else None  # only these know which characters a token stands for
 
 
-def num_unknown(tokenizer: Any, ids: Sequence[int]) -> int:
-    """How many of the tokens stand for text that the tokenizer does not know; 0 where it knows all text."""
+def said_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> str | None:
+    """What is said where the tokenizer does not know more than a tenth of the tokens of ``what``; else None."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    return 0 if unknown is None else sum(token == unknown for token in ids)
+    found = 0 if unknown is None else sum(token == unknown for token in ids)
+    if found <= _MANY_UNKNOWN * len(ids):
+        return None
+    return f"the tokenizer does not know {found:,} of the {len(ids):,} tokens of the {what}: the model cannot tell them apart"

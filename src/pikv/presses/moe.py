@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from pikv.budget.amount import Limits
 from pikv.budget.base import Budget
 from pikv.budget.profiles import ProfileBudget
-from pikv.cache.rows import RaggedRows
 from pikv.calibration.calibrate import calibrate
 from pikv.calibration.default_calibration import resolve
 from pikv.calibration.files import Calibration
@@ -20,11 +19,13 @@ from pikv.hf.shape import hidden_size, num_kv_heads
 from pikv.hf.support import ragged_layers
 from pikv.presses.catalog import first_line
 from pikv.presses.moe_advice import RouterSetup, how_to_calibrate, idle_options
+from pikv.presses.moe_stage import RoutedStage
 from pikv.presses.moe_stats import RouterRecords
 from pikv.presses.moe_strategies import experts_of_strategies
 from pikv.presses.registry import register_press
 from pikv.presses.scorer import ScorerPress
-from pikv.presses.stage import ScoredStage, Stage
+from pikv.presses.stage import Stage
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.base import MoERouter
 from pikv.routing.experts import DEFAULT_NUM_EXPERTS, RetentionExpert, default_experts
 from pikv.routing.factory import ROUTERS, create_moe_router, default_top_k, name_of_router
@@ -77,10 +78,10 @@ class MoERouterPress(ScorerPress):
         router_type: str | type[MoERouter] = "pikv",
         num_experts: int | None = None,
         top_k: int | None = None,
-        capacity_factor: float = 1.5,
-        dropout: float = 0.1,
+        capacity_factor: float = CAPACITY_FACTOR,
+        dropout: float = DROPOUT,
         cache_aware: bool = True,
-        aux_loss_weight: float = 0.01,
+        aux_loss_weight: float = AUX_LOSS_WEIGHT,
         calibration: Calibration | str | Path | Literal["auto"] | None = "auto",
         experts: Mapping[str, RetentionExpert] | None = None,
         head_budgets: bool = True,
@@ -135,9 +136,9 @@ class MoERouterPress(ScorerPress):
             mixers = calibration.build(model, self.router_type, self.top_k, **options)
             if self.head_budgets:
                 budget = ProfileBudget(calibration.profiles, budget.amount, self.sink_size + self.recent_size)
-        self.routers = {layer: mixer.router for layer, mixer in mixers.items()}
+        vars(self)["routers"] = {layer: mixer.router for layer, mixer in mixers.items()}  # also where they were deleted
         scorer = RoutedScorer(experts, mixers, self.sink_size, self.recent_size)
-        return [RoutedStage(presses=(self,), scorer=scorer, budget=budget)]
+        return [RoutedStage(presses=(self,), scorer=scorer, budget=budget, record=self.record_routing)]
 
     def find_calibration(self, model: Any) -> tuple[Calibration | None, str]:
         """The calibration of ``model`` that the routers of this press are made from; or None, and why there is none.
@@ -291,12 +292,3 @@ def _register_routers() -> None:
 
 
 _register_routers()
-
-
-class RoutedStage(ScoredStage):
-    """A stage whose press records what its routers did."""
-
-    def after_keep(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
-        assert isinstance(self.press, MoERouterPress)
-        if scored := view.scratch.pop(RoutedScorer, []):
-            self.press.record_routing(view, kept, scored)

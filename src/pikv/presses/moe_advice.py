@@ -3,15 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain, count
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from pikv.calibration.files import file_name
+from pikv.router_defaults import AUX_LOSS_WEIGHT, CAPACITY_FACTOR, DROPOUT
 from pikv.routing.experts import EXPERTS
 from pikv.routing.factory import ROUTERS, default_top_k
 
-_DEFAULTS = {"capacity_factor": 1.5, "dropout": 0.1, "cache_aware": True, "aux_loss_weight": 0.01, "head_budgets": True}
+_DEFAULTS = {
+    "capacity_factor": CAPACITY_FACTOR,
+    "dropout": DROPOUT,
+    "cache_aware": True,
+    "aux_loss_weight": AUX_LOSS_WEIGHT,
+    "head_budgets": True,
+}
+_OF_THE_COMMAND = ("top_k", "capacity_factor", "dropout", "aux_loss_weight")
 _FOR_TRAINING = ("dropout", "aux_loss_weight")
 
 
@@ -57,8 +66,8 @@ def _why_idle(name: str, setup: RouterSetup) -> str | None:
 def how_to_calibrate(setup: RouterSetup, model: Any) -> str:
     """The call, and where there is one the command, that trains routers of this setup for a model, as text."""
     call = "press.calibrate(model)"
-    if list(setup.experts) != list(EXPERTS)[: len(setup.experts)]:
-        return call  # the command trains for the first experts, in the order of their registration
+    if not _has_command(setup):
+        return call
     num_experts, name = len(setup.experts), str(model.config.name_or_path or "")
     is_bundled = bool(name) and Path(name).is_relative_to(str(files("pikv")))
     if not name:
@@ -68,11 +77,34 @@ def how_to_calibrate(setup: RouterSetup, model: Any) -> str:
     else:
         # A folder with the name of a model on the hub would hide that model.
         out = name if Path(name).is_dir() else f"{Path(name).name}-calibration"
+    out = _without_file(out, Path(name).name, file_name(num_experts))
     options = f"--num-experts {num_experts}"
-    for option, default in (("top_k", default_top_k(num_experts)), ("capacity_factor", _DEFAULTS["capacity_factor"])):
-        if setup.options.get(option, default) != default:
+    for option, default in {"top_k": default_top_k(num_experts), **_DEFAULTS}.items():
+        if option in _OF_THE_COMMAND and setup.options.get(option, default) != default:
             options += f" --{option.replace('_', '-')} {setup.options[option]}"
     said = f"{call} or `pikv calibrate --model {quote(name)} {options} --out {quote(out)}`"
     if out == name:
         return said  # found there by itself
     return f"{said}, then calibration={str(Path(out) / file_name(num_experts))!r}"
+
+
+def _has_command(setup: RouterSetup) -> bool:
+    """Whether the command can train these routers.
+
+    It does so for the first experts, in the order of their registration, for the package's own kinds of router, and with
+    ``cache_aware`` as it is by default.
+    """
+    router = ROUTERS[setup.kind]
+    is_cache_aware = "cache_aware" not in router.option_names() or setup.options.get("cache_aware", True)
+    return (
+        list(setup.experts) == list(EXPERTS)[: len(setup.experts)]
+        and router.__module__.startswith("pikv.")
+        and bool(is_cache_aware)
+    )
+
+
+def _without_file(out: str, name: str, file: str) -> str:
+    """A folder that has no such file yet, which the command would not overwrite: ``out``, or one named after the model."""
+    named = f"{name}-calibration"
+    candidates = chain([out, named], (f"{named}-{number}" for number in count(2)))
+    return next(each for each in candidates if not (Path(each) / file).exists())

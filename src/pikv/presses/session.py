@@ -55,7 +55,28 @@ def apply_to_cache(press: StageSource, cache: PiKVCache) -> None:
 def listener_factory(press: StageSource, model: Any) -> ListenerFactory:
     """Binds ``press`` to ``model``; returns what makes a session for a forward pass."""
     check_supported(model)  # before a press looks at the model in its own way
-    return Session(press, model, press.bind(model)).begin
+    return _Sessions(press, model).begin
+
+
+class _Sessions:
+    """Makes the sessions of a block, in which several threads may take part and settings of the press may change."""
+
+    def __init__(self, press: StageSource, model: Any) -> None:
+        self.press = press
+        self.model = model
+        self.bound = Session(press, model, press.bind(model))
+
+    def begin(self, inputs: ForwardInputs) -> Session:
+        """The session of a forward pass that is about to begin."""
+        bound = self.bound
+        if self.press.last_change() != bound.bound_at:
+            # Only a session that is complete takes the place of the one that other threads copy.
+            self.bound = bound = Session(self.press, self.model, self.press.bind(self.model))
+        session = copy(bound)
+        session.waiting = {}
+        session.before = None
+        session.before_forward(inputs)
+        return session
 
 
 class Session:
@@ -81,16 +102,6 @@ class Session:
         self.waiting: dict[int, AttentionCall] = {}
         self.scratch: dict[Stage, dict[Any, Any]] = {}
         self.inputs: ForwardInputs | None = None
-
-    def begin(self, inputs: ForwardInputs) -> Session:
-        """The session of a forward pass that is about to begin."""
-        if self.press.last_change() != self.bound_at:  # a setting was changed inside of the block
-            self.__init__(self.press, self.model, self.press.bind(self.model))  # type: ignore[misc]
-        session = copy(self)
-        session.waiting = {}
-        session.before = None
-        session.before_forward(inputs)
-        return session
 
     def before_forward(self, inputs: ForwardInputs) -> None:
         """Checks that what is to be done can be done, before anything is computed."""

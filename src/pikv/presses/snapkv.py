@@ -12,7 +12,7 @@ from pikv.scoring.window import WindowScorer
 class SnapKVPress(ScorerPress):
     """Keeps what the last queries attend to (SnapKV, arXiv 2404.14469).
 
-    Strong when the question ends the context (``window_size`` tokens); blind to questions that come later.
+    Strong when the question ends the context (``window_size`` tokens); questions that come later have no say in the choice.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
+from pikv.router_defaults import CAPACITY_FACTOR, DROPOUT, NUM_EXPERTS
 from pikv.routing.choice import balanced_topk
 from pikv.routing.result import Routing, count_by_bin, places_by_priority
 from pikv.routing.stats import RoutingStats
@@ -70,7 +71,13 @@ class MoERouter(nn.Module):
     """Whether it uses how much of the experts' attention fell on kept tokens; it is measured for such kinds alone."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int = 4, top_k: int = 2, *, capacity_factor: float = 1.5, dropout: float = 0.1
+        self,
+        hidden_size: int,
+        num_experts: int = NUM_EXPERTS,
+        top_k: int = 2,
+        *,
+        capacity_factor: float = CAPACITY_FACTOR,
+        dropout: float = DROPOUT,
     ) -> None:
         super().__init__()
         if hidden_size < 1 or num_experts < 1:

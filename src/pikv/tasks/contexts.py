@@ -43,29 +43,6 @@ def retrieval_samples(
     return [_fit(tokenizer, f"{seed}-{index}", num_tokens, num_records, num_questions) for index in range(num_samples)]
 
 
-def text_sample(
-    tokenizer: Any, context: str, question: str | None, num_answer_tokens: int, answer: str | None = None
-) -> TokenizedSample:
-    """A sample of the user's own text, with the right answer if it is known; without a question the text is to be continued.
-
-    Raises:
-        ValueError: if the text, or the question, is empty.
-    """
-    context_ids: list[int] = tokenizer(context)["input_ids"]
-    if not context.strip() or len(context_ids) < 2:
-        raise ValueError("the context is empty")
-    if question is None:
-        context_ids, prompt_ids = context_ids[:-1], context_ids[-1:]
-    else:
-        prompt_ids = _continuation(tokenizer, question)
-        if not question.strip():
-            raise ValueError("the question is empty")
-    asked = TokenizedQuestion(
-        prompt=question or "(continue)", prompt_ids=prompt_ids, answer=answer, num_answer_tokens=num_answer_tokens
-    )
-    return TokenizedSample(context_ids=context_ids, questions=(asked,))
-
-
 def _fit(tokenizer: Any, seed: str, num_tokens: int, num_records: int, num_questions: int) -> TokenizedSample:
     def draw(num_words: int) -> Sample:
         return make_retrieval(random.Random(seed), num_words=num_words, num_records=num_records, num_questions=num_questions)

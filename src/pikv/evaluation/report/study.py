@@ -17,8 +17,8 @@ from pikv.evaluation.results import Result
 from pikv.evaluation.summary import measurements_frame, summary_frame
 
 NOTE = (
-    "Tokens kept: their share over all rows. A row is one KV head of one sequence of one layer; in a row: tokens of the "
-    "shortest, the mean and the longest. KV MiB: what the storage holds, room to grow included. Bytes saved: of an "
+    "Tokens kept: their share over all rows. A row is one KV head of one sequence of one layer; tokens per head: of "
+    "the shortest row, the mean and the longest. KV MiB: what the storage holds, room to grow included. Bytes saved: of an "
     "uncompressed cache of transformers, whose size the title tells. Times are of the forward "
     "pass that reads the context, without and with the press, in turns, the fastest counts; compression is their "
     "difference, and what stands there for the full cache is this machine's noise. ± is the standard deviation over the "
@@ -44,7 +44,7 @@ COMPRESSION_COLUMNS: list[Column] = [
     ("press", _label),
     ("set", lambda row: percent(row["ratio_set"], 0)),
     ("tokens kept", lambda row: _spread(row, "tokens_removed", 1, -100, "%", 100)),
-    ("in a row", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
+    ("tokens per head", lambda row: f"{row['kept_min_mean']:.0f}-{row['kept_mean_mean']:.1f}-{row['kept_max_mean']:.0f}"),
     ("KV MiB", lambda row: mebibytes(row["kv_bytes_mean"], 2)),
     ("bytes saved", lambda row: "-" if row["bytes_removed_mean"] < 0 else _spread(row, "bytes_removed", 1, 100, "%")),
 ]
@@ -82,12 +82,12 @@ def study_tables(result: Result) -> list[Table]:
     summary, config = summary_frame(result), result.config
     size = f"{config['batch_size']} x {config['num_tokens']:,} tokens"
     measured = summary[summary["num_repeats"] > 0]
-    dense = f"{mebibytes(measured['dense_bytes_mean'].iloc[0], 2)} MiB uncompressed"
-    made = [
-        make_table(f"Compression of {size}, {_repeats(config)}, {dense}", COMPRESSION_COLUMNS, measured),
-        make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured),
-    ]
-    if config["num_new_tokens"]:
+    made = []
+    if len(measured):
+        dense = f"{mebibytes(measured['dense_bytes_mean'].iloc[0], 2)} MiB uncompressed"
+        made.append(make_table(f"Compression of {size}, {_repeats(config)}, {dense}", COMPRESSION_COLUMNS, measured))
+        made.append(make_table(f"Time (ms) of reading {size}", TIME_COLUMNS, measured))
+    if len(measured) and config["num_new_tokens"]:
         title = f"Generation: {config['num_new_tokens']} steps of {config['batch_size']} sequences, times in ms"
         made.append(make_table(title, GENERATION_COLUMNS, measured))
     if result.quality:
@@ -128,16 +128,17 @@ def write_study(result: Result, path: Path) -> None:
     summary, config = summary_frame(result), result.config
     measured = summary[summary["num_repeats"] > 0]
     charts: list[Chart] = [quality_against_bytes(result.quality)] if result.quality else []
+    if len(measured):
+        charts += [
+            compression_reached(measured),
+            time_taken(measurements_frame(result), measured),
+            kept_by_head(mean_kept(result.measurements)),
+        ]
     write_page(
         "study.html",
         path,
         result,
-        charts=[
-            *charts,
-            compression_reached(measured),
-            time_taken(measurements_frame(result), measured),
-            kept_by_head(mean_kept(result.measurements)),
-        ],
+        charts=charts,
         samples=sample_data(result.quality),
         name=result.name,
         heading=f"{result.name}: {result.description}",

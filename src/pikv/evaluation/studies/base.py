@@ -10,6 +10,7 @@ from pikv.calibration.progress import ProgressBar
 from pikv.evaluation.methods import FULL_CACHE, Method
 from pikv.evaluation.studies.data import Data
 from pikv.presses.base import BasePress
+from pikv.router_defaults import CAPACITY_FACTOR, NUM_EXPERTS
 from pikv.routing.experts import EXPERTS
 
 
@@ -28,9 +29,9 @@ class RouterSettings:
         ValueError: for fewer than one expert or more than there are, ``top_k`` beyond them, or no capacity.
     """
 
-    num_experts: int = 4
+    num_experts: int = NUM_EXPERTS
     top_k: int = 2
-    capacity_factor: float = 1.5
+    capacity_factor: float = CAPACITY_FACTOR
     cache_aware: bool = True
     own_amounts: bool = False
 

@@ -13,14 +13,14 @@ from pikv.evaluation.lengths import check_lengths
 from pikv.evaluation.notes import notes_on
 from pikv.evaluation.plan import Batch, Plan
 from pikv.evaluation.results import Result
-from pikv.evaluation.router_calibration import calibrate_for
-from pikv.evaluation.runner import run_plan
+from pikv.evaluation.router_calibration import Keep, calibrate_for
+from pikv.evaluation.runner import run_plan, what_is_missing
 from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
 from pikv.evaluation.summary import summary_frame
 from pikv.registry import unknown
 from pikv.routing.experts import default_experts
-from pikv.routing.factory import ROUTERS
+from pikv.routing.factory import ROUTERS, default_top_k
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class StudyConfig(EvaluationConfig):
     passes: int = 3
     num_new_tokens: int | None = None
     num_experts: int = 4
-    top_k: int = 2
+    top_k: int | None = None
     capacity_factor: float = 1.5
     cache_aware: bool = True
     own_amounts: bool = False
@@ -70,15 +70,22 @@ class StudyConfig(EvaluationConfig):
         """What the routed presses are made with."""
         return RouterSettings(
             num_experts=self.num_experts,
-            top_k=self.top_k,
+            top_k=default_top_k(self.num_experts) if self.top_k is None else self.top_k,
             capacity_factor=self.capacity_factor,
             cache_aware=self.cache_aware,
             own_amounts=self.own_amounts,
         )
 
 
-def prepare(study: Study, config: StudyConfig, progress: ProgressBar = no_progress) -> tuple[Plan, Data]:
+def prepare(
+    study: Study,
+    config: StudyConfig,
+    progress: ProgressBar = no_progress,
+    keep: Keep = lambda calibration: None,
+) -> tuple[Plan, Data]:
     """Makes and checks everything that a study needs, and trains what it is to train, before any of it is run.
+
+    ``keep`` is called with each calibration as soon as there is one.
 
     Raises:
         ValueError: for settings that a press refuses, models and data that cannot be had, contexts too long for the model's
@@ -108,10 +115,6 @@ def prepare(study: Study, config: StudyConfig, progress: ProgressBar = no_progre
     )
     if config.calibration is not None:
         use_calibration(data.model, config.calibration)
-    tokenizer = data.quality.tokenizer if data.quality else None
-    calibrations = calibrate_for(config, data.model, tokenizer, methods, progress)
-    for method in [] if data.is_random else methods:
-        method.press().bind(data.model)
     num_new_tokens = study.num_new_tokens if config.num_new_tokens is None else config.num_new_tokens
     lengths, num_after = [batch.shape[1] for batch in data.batches], num_new_tokens
     if data.quality:
@@ -119,6 +122,10 @@ def prepare(study: Study, config: StudyConfig, progress: ProgressBar = no_progre
         asked = [question.num_answer_tokens for sample in data.quality.samples for question in sample.questions]
         num_after = max(num_after, *asked)
     check_lengths(data.model, methods, lengths, num_after)
+    tokenizer = data.quality.tokenizer if data.quality else None
+    calibrate_for(config, data.model, tokenizer, methods, progress, keep)
+    for method in [] if data.is_random else methods:
+        method.press().bind(data.model)
     log.debug("study %s: %s", study.name, ", ".join(method.name for method in methods))
     log.debug("%d batches of %s tokens for %s", len(data.batches), tuple(data.batches[0].shape), type(data.model).__name__)
     plan = Plan(
@@ -132,20 +139,26 @@ def prepare(study: Study, config: StudyConfig, progress: ProgressBar = no_progre
         num_new_tokens=num_new_tokens,
         num_passes=config.passes,
         beside_full=True,
-        calibrations=calibrations,
     )
     return plan, data
 
 
 def run_study(study: Study, config: StudyConfig, plan: Plan, data: Data, progress: ProgressBar) -> Result:
-    """Measures quality of every method where answers are known, then time and memory, repeat by repeat in turn."""
+    """Measures quality of every method where answers are known, then time and memory, repeat by repeat in turn.
+
+    Where the user interrupts, the result has what was measured until then, without pairs and highlights, which need all.
+
+    Raises:
+        KeyboardInterrupt: if nothing was measured.
+    """
     if data.is_random and calibration_of(data.model) is None:
         _calibrate(data.model, config, progress)
     references = study.references(data, config.router_settings(), progress)
     plan = replace(plan, references=references)
     outcome = run_plan(plan, progress)
-    if outcome.was_interrupted:  # pairs and highlights need every press
+    if not (outcome.measurements or outcome.quality):
         raise KeyboardInterrupt
+    done = {each.method for each in [*outcome.measurements, *outcome.quality]}
     settings = {
         **config.as_json(),
         "study": study.name,
@@ -154,19 +167,23 @@ def run_study(study: Study, config: StudyConfig, plan: Plan, data: Data, progres
         "repeats": len(plan.batches),
         "num_tokens": plan.batches[0].num_tokens,
         "num_new_tokens": plan.num_new_tokens,
+        "top_k": config.router_settings().top_k,
     }
     result = Result(
         name=study.name,
         description=study.description,
         config=settings,
         environment=environment(),
-        methods=[*plan.methods, *references],
+        methods=[method for method in [*plan.methods, *references] if method.name in done],
         measurements=outcome.measurements,
         quality=outcome.quality,
-        notes=notes_on(plan, outcome.quality),
-        pairs=study.pairs,
+        notes=[*([what_is_missing(plan, outcome)] if outcome.was_interrupted else []), *notes_on(plan, outcome.quality)],
+        pairs=() if outcome.was_interrupted else study.pairs,
         expected=study.expected,
+        was_interrupted=outcome.was_interrupted,
     )
+    if outcome.was_interrupted:
+        return result
     return replace(result, highlights=study.highlights(summary_frame(result))) if study.highlights else result
 
 

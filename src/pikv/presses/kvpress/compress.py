@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import Kept, LayerView
-from pikv.presses.kvpress.sequence import SequenceView, lending, lent, reads_attention, rotary_module
+from pikv.presses.kvpress.sequence import SequenceView, reads_attention, rotary_module, setting, temporarily_set
 from pikv.scoring.returned import numbers_of_returned
 
 _MASKED = "masked_key_indices"  # of a module: the tokens that kvpress hides from attention in its place
@@ -41,7 +41,7 @@ class TensorCompression:
         everything = SequenceView.of(view, b, self.name)
         sequence = everything.newest(self.name)
         keys, values = sequence.keys[0].clone(), sequence.values[0].clone()  # some presses write to what they are given
-        with lending, lent(view.module, _MASKED, ()):
+        with setting, temporarily_set(view.module, _MASKED, ()):
             returned = sequence.ask(
                 self.press.compress, self.name, "compress", rotary=self.rotary, needs_attention=reads_attention(self.press)
             )

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from pikv.budget.amount import Amount
 from pikv.budget.base import Budget
+from pikv.extras import require
 from pikv.presses.adakv import AdaKVPress
 from pikv.presses.base import BasePress
 from pikv.presses.chunk import ChunkPress
@@ -16,6 +16,7 @@ from pikv.presses.composed import ComposedPress
 from pikv.presses.decoding import DecodingPress, PrefillDecodingPress
 from pikv.presses.keyrotation import KeyRerotationPress
 from pikv.presses.kvpress.compress import TensorCompression
+from pikv.presses.kvpress.names import why_refused
 from pikv.presses.kvpress.scorer import KvpressScorer
 from pikv.presses.none import NoCompressionPress
 from pikv.presses.perlayer import PerLayerPress
@@ -23,8 +24,6 @@ from pikv.presses.pyramidkv import PyramidBudget
 from pikv.presses.scorer import ScorerPress
 from pikv.presses.stage import FreeStage, Stage
 from pikv.registry import unknown
-
-_MISSING = 'kvpress is not installed; pip install "pikv[kvpress]" (it needs transformers < 5.3)'
 
 
 def from_kvpress(press: Any) -> BasePress:
@@ -42,11 +41,10 @@ def from_kvpress(press: Any) -> BasePress:
     """
     kvpress = sys.modules.get("kvpress")
     if kvpress is None or not isinstance(press, kvpress.BasePress):
-        hint = f" ({_MISSING})" if kvpress is None and find_spec("kvpress") is None else ""
-        raise ValueError(f"from_kvpress takes a press of kvpress, not {press!r}{hint}")
+        raise ValueError(f"from_kvpress takes a press of kvpress, not {press!r}")
     kind = type(press)
-    if kind.__module__.startswith("kvpress.") and kind.__name__ in _COUNTERPARTS:
-        return _COUNTERPARTS[kind.__name__](press)
+    if kind.__module__.startswith("kvpress.") and kind.__name__ in _CONVERSIONS:
+        return _CONVERSIONS[kind.__name__](press)
     reason = _refused(kind, kvpress)
     if reason:
         raise ValueError(f"kvpress's {kind.__name__} cannot be used here: {reason}")
@@ -60,9 +58,10 @@ def build_kvpress(name: str, **options: Any) -> BasePress:
         ValueError: if kvpress is not installed, has no such press (with the nearest), or does not take the options.
     """
     try:
+        require("kvpress", f"kvpress.{name}")
         kvpress = import_module("kvpress")
     except ImportError as error:
-        raise ValueError(f"kvpress.{name}: {_MISSING}") from error
+        raise ValueError(f"{error} (it needs transformers < 5.3)") from error
     names = [each for each in kvpress.__all__ if _is_scorer(getattr(kvpress, each), kvpress)]
     if name not in names:
         raise unknown("scorer press of kvpress", name, sorted(names))
@@ -132,8 +131,8 @@ def _chooses_by_score(kind: Any, kvpress: Any) -> bool:
 def _refused(kind: Any, kvpress: Any) -> str | None:
     """Why a press is neither a scorer nor a compression that can be asked; None if it is."""
     for base in kind.__mro__:
-        if base.__module__.startswith("kvpress.") and base.__name__ in _REFUSED:
-            return _REFUSED[base.__name__]
+        if base.__module__.startswith("kvpress.") and (reason := why_refused(base.__name__)):
+            return reason
     for method in ("forward_hook", "__call__"):
         if getattr(kind, method) is not getattr(kvpress.BasePress, method):
             return f"it overrides {method}, which nothing calls here"
@@ -171,7 +170,7 @@ def _pyramid(press: Any) -> BasePress:
 
 # By the name of the class; subclasses may do anything and have no entry. Those around a KvpressPress ask what they wrap for its
 # scores only, in kvpress too.
-_COUNTERPARTS: dict[str, Callable[[Any], BasePress]] = {
+_CONVERSIONS: dict[str, Callable[[Any], BasePress]] = {
     "AdaKVPress": lambda press: AdaKVPress(KvpressPress(press.press), press.alpha_safeguard),
     "ChunkKVPress": lambda press: ChunkKVPress(KvpressPress(press.press), press.chunk_length),
     "ChunkPress": lambda press: ChunkPress(KvpressPress(press.press), press.chunk_length),
@@ -181,23 +180,4 @@ _COUNTERPARTS: dict[str, Callable[[Any], BasePress]] = {
     "PyramidKVPress": _pyramid,
     "DecodingPress": _decoding,
     "PrefillDecodingPress": _prefill_decoding,
-}
-
-_REREADS = "it has the model read the context again under hooks of its own; use pikv.presses.KVzipPress"
-_MERGES = "it changes the keys or values of the tokens that stay"
-_REFUSED = {
-    "CAMPress": _MERGES,
-    "CompressionRatioDecodingPress": "its target grows while decoding; use DecodingPress with a target_size",
-    "DMSPress": "it evicts by a threshold, not by a number of tokens",
-    "DuoAttentionPress": "it needs no scores; use pikv.presses.DuoAttentionPress",
-    "EntropyGatedChunkKVPress": "its chunks change in length with the scores; use ChunkKVPress",
-    "FastKVzipPress": "it waits for all layers under hooks of its own; use pikv.presses.KVzipPress",
-    "FinchPress": "it looks for a delimiter token in the model's input",
-    "KVComposePress": _REREADS,
-    "KVgradPress": _REREADS,
-    "KVzipPress": _REREADS,
-    "LUKVPress": "it shares out among heads by quotas of its own",
-    "MergingPress": _MERGES,
-    "RestoreKVPress": _REREADS,
-    "ThinKPress": "it removes channels of keys, not tokens",
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 _RATIO = "0.5 here, 0.0 there: a press that is asked for removes something"
 _WINDOW = "32 here, 64 there: in contexts of a few hundred tokens, 64 would be much of what stays; pass `window_size=64`"
 _FROM = "`from_kvpress(kvpress.{name}(...))` brings kvpress's own"
+_REREADS = "it has the model read the context again under hooks of its own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Counterpart:
         defaults: for arguments whose default is another one, why
         missing: for arguments that ours does not take, what to do
         instead: what to use where we have no class
+        refused: why ``from_kvpress`` does not take kvpress's own; empty where it does
         note: how else it differs
     """
 
@@ -24,15 +26,23 @@ class Counterpart:
     defaults: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     instead: str = ""
+    refused: str = ""
     note: str = ""
 
 
-def _scorer(ours: str, note: str = "", missing: Mapping[str, str] | None = None, **defaults: str) -> Counterpart:
-    return Counterpart(ours=ours, defaults={"compression_ratio": _RATIO, **defaults}, missing=missing or {}, note=note)
+def _scorer(
+    ours: str, note: str = "", missing: Mapping[str, str] | None = None, refused: str = "", **defaults: str
+) -> Counterpart:
+    defaults = {"compression_ratio": _RATIO, **defaults}
+    return Counterpart(ours=ours, defaults=defaults, missing=missing or {}, note=note, refused=refused)
 
 
-def _none(instead: str) -> Counterpart:
-    return Counterpart(instead=instead)
+def _brought(more: str = "") -> Counterpart:
+    return Counterpart(instead=_FROM + more)
+
+
+def _none(why: str) -> Counterpart:
+    return Counterpart(instead=why, refused=why)
 
 
 COUNTERPARTS: Mapping[str, Counterpart] = {
@@ -59,12 +69,14 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
         "KVzipPress",
         note="`n_sink` is `sink_size`; both work",
         missing={"kvzip_plus_normalization": "leave it out; KVzip+ is not here"},
+        refused=_REREADS,
     ),
     "DuoAttentionPress": Counterpart(
         ours="DuoAttentionPress",
         defaults={"head_compression_ratio": "None here, 0.0 there: half of the tokens go unless one of the amounts is given"},
         missing={"on_the_fly_scoring": "leave it out; heads are always measured on the model, or given as `head_scores`"},
         note="takes `compression_ratio` and `budget` as well, and sizes of its own choice",
+        refused="it needs no scores",
     ),
     "AdaKVPress": Counterpart(ours="AdaKVPress", note="memory is freed, head by head"),
     "CriticalKVPress": Counterpart(ours="CriticalKVPress"),
@@ -81,26 +93,37 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
         "differs",
     ),
     "PrefillDecodingPress": Counterpart(ours="PrefillDecodingPress", note="needs its `decoding_press`"),
-    "BlockPress": _none(_FROM),
-    "CapPress": _none(_FROM),
-    "CompactorPress": _none(_FROM + "; `LeverageScorePress` and `NonCausalAttentionPress` are its halves"),
-    "CriticalAdaKVPress": _none(_FROM + "; `AdaKVPress(CriticalKVPress(press))` is close to it"),
-    "CURPress": _none(_FROM),
-    "ExpectedAttentionStatsPress": _none(_FROM + "; `ExpectedAttentionPress` needs no statistics"),
-    "KVzapPress": _none(_FROM),
-    "SimLayerKVPress": _none(_FROM),
+    "BlockPress": _brought(),
+    "CapPress": _brought(),
+    "CompactorPress": _brought("; `LeverageScorePress` and `NonCausalAttentionPress` are its halves"),
+    "CriticalAdaKVPress": _brought("; `AdaKVPress(CriticalKVPress(press))` is close to it"),
+    "CURPress": _brought(),
+    "ExpectedAttentionStatsPress": _brought("; `ExpectedAttentionPress` needs no statistics"),
+    "KVzapPress": _brought(),
+    "SimLayerKVPress": _brought(),
     "CAMPress": _none("it merges keys and values, which is not supported; use `DecodingPress(press)`"),
     "CompressionRatioDecodingPress": _none("its target grows while decoding; use `DecodingPress(press, target_size=...)`"),
     "DMSPress": _none("it evicts by a threshold, not by a number of tokens; use the press inside of it with a ratio"),
+    "EntropyGatedChunkKVPress": _none("its chunks change in length with the scores; use `ChunkKVPress`"),
     "FastKVzipPress": _none("it waits for all layers under hooks of its own; use `KVzipPress`"),
     "FinchPress": _none("it looks for a delimiter in the text; use `KeyRerotationPress(ChunkPress(SnapKVPress(...)))`"),
-    "KVComposePress": _none("it reads the context again under hooks of its own; use `KVzipPress`"),
+    "KVComposePress": _none(_REREADS + "; use `KVzipPress`"),
+    "KVgradPress": _none(_REREADS + "; use `KVzipPress`"),
     "LUKVPress": _none("it needs curves made for each model; use `AdaKVPress(ExpectedAttentionPress(...))`"),
     "MergingPress": _none("it changes the values of the tokens that stay, which is not supported; use the press inside of it"),
     "RestoreKVPress": _none("it adds tokens to the cache, which is not supported; use `KVzipPress`"),
     "ThinKPress": _none("it removes channels of keys, not tokens, which is not supported"),
     "KVPressTextGenerationPipeline": _none('use `pipeline("pikv-text-generation", ...)`'),
 }
+
+
+def why_refused(name: str) -> str | None:
+    """Why ``from_kvpress`` does not take a class of kvpress, and what to use; None where it does, and for any other name."""
+    found = COUNTERPARTS.get(name)
+    if found is None or not found.refused:
+        return None
+    use = f"; use pikv.presses.{found.ours}" if found.ours else ""
+    return found.refused.replace("`", "") + use
 
 
 def our_name(name: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pikv.core import LayerView
-from pikv.presses.kvpress.sequence import SequenceView, lending, lent, reads_attention, rotary_module
+from pikv.presses.kvpress.sequence import SequenceView, reads_attention, rotary_module, setting, temporarily_set
 from pikv.scoring.base import Scorer
 
 
@@ -16,7 +16,7 @@ class KvpressScorer(Scorer):
     Each sequence is shown as if it were alone: its own keys and values, and of the hidden states, position embeddings and
     positions the columns that are not padding. Presses that read attention weights get those of the newest forward pass,
     computed anew; so do all presses on a model with eager attention, where kvpress has them at hand. ``name`` is what errors
-    call the press; one that ``is_peer`` is lent the ratio that it has to reach.
+    call the press; the ratio of one that ``is_peer`` is set to what it has to reach, for the time of the call.
     """
 
     def __init__(self, press: Any, name: str, is_peer: bool, rotary: nn.Module | None = None) -> None:
@@ -40,7 +40,7 @@ class KvpressScorer(Scorer):
         """Scores ``[1, G, L]`` of one sequence's tokens."""
         sequence = SequenceView.of(view, b, self.name)
         removed = max(0.0, 1 - (float(view.budget[b].double().mean()) + 1e-3) / sequence.length)
-        with lending, lent(self.press, "compression_ratio", removed if self.is_peer else None):
+        with setting, temporarily_set(self.press, "compression_ratio", removed if self.is_peer else None):
             scores: Any = sequence.ask(
                 self.press.score, self.name, "score", rotary=self.rotary, needs_attention=reads_attention(self.press)
             )

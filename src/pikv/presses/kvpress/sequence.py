@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pikv.core import LayerView
 
-lending = RLock()
+setting = RLock()
 """Held while presses and modules, which several threads share, are changed for a call."""
 
 _UNSUITABLE = (AssertionError, AttributeError, KeyError, NotImplementedError)
@@ -110,7 +110,7 @@ class SequenceView:
         """
         module, arguments = self.view.module, self.arguments()
         attentions = self.attentions(needs_attention)
-        with lending, lent(module, "rotary_emb", rotary):
+        with setting, temporarily_set(module, "rotary_emb", rotary):
             try:
                 return method(module, arguments["hidden_states"], self.keys, self.values, attentions, arguments)
             except _UNSUITABLE as error:
@@ -144,7 +144,7 @@ def rotary_module(model: Any) -> nn.Module | None:
 
 
 @contextmanager
-def lent(owner: Any, name: str, value: Any) -> Iterator[None]:
+def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Sets an attribute for the time of a block; None leaves it as it is."""
     if value is None:
         yield

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pikv.registry import Registry
+from pikv.router_defaults import NUM_EXPERTS
 from pikv.routing.experts.base import RetentionExpert
 
 _LISTED_FIRST = {
@@ -13,7 +14,7 @@ _LISTED_FIRST = {
     "adaptive": "attention",
 }
 
-DEFAULT_NUM_EXPERTS = 4
+DEFAULT_NUM_EXPERTS = NUM_EXPERTS
 """Experts that routers choose among where nobody says how many."""
 
 EXPERTS: Registry[Callable[[], RetentionExpert]] = Registry(

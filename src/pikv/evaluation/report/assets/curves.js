@@ -2,7 +2,7 @@
 const COLORS = 7;
 const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "wye", "cross"];
 const DASHES = ["none", "5 3", "2 3"];
-const MOST_INTERVALS = 6; // more of them at once would be a thicket; they then show where one points
+const MOST_INTERVALS = 6; // more of them at once are too many to read; they then show where one points
 
 function styleOf(number) {
   if (number < 0) return { color: "var(--ink)", symbol: "circle", dash: "none" };
