@@ -104,6 +104,12 @@ def test_generate_continues_a_prompt(pikv):
         (["ask", "--question", "a", "--cache", "text"], "cannot read text"),
         (["ask", "text", "--question", "a", "--max-new-tokens", "40000"], "exceed the 32,768 positions"),
         (["ask", "text", "--question", "a", "--chunk-size", "1"], "chunk_size must be"),
+        (["ask", "text", "--question", "a", "--calibration", "text"], "cannot read a calibration from text"),
+        (
+            ["ask", "text", "--question", "a", "--attn-implementation", "nothing"],
+            "cannot use attention implementation 'nothing'",
+        ),
+        (["generate", "a", "--attn-implementation", "nothing"], "cannot use attention implementation 'nothing'"),
         (["generate"], "give a prompt, or a file"),
         (["generate", "a", "--file", "text"], "not both"),
         (["generate", " "], "the prompt is empty"),

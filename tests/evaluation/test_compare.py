@@ -2,6 +2,7 @@
 
 import json
 import math
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -159,6 +160,13 @@ def test_expected_answers_are_shown_beside_those_of_the_methods(demo, tmp_path):
     assert [row[:2] for row in first] == [["none", "yes"], ["(expected)", ""], ["streaming:0.9", "no"]]
     assert first[1][2] == "12 80 47" and second[0][1] == "no"
     assert not any(title.startswith("Ranking") for title, _, _ in compare_tables(found))
+
+
+def test_a_context_from_standard_input_is_read_once(demo, monkeypatch):
+    monkeypatch.setattr("sys.stdin", StringIO("@ red fox 12 80 47 " + "the value of the file is " * 30))
+    config = CompareConfig(**SMALL, methods="none", context=Path("-"), questions=("? red fox",))
+    config.check()
+    assert prepare(config, *demo)[0].context_length > 100
 
 
 def test_an_answer_ends_where_the_model_ends_it(demo, tmp_path, monkeypatch):

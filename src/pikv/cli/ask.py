@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from pikv.cli.options import (
+    AttentionOption,
+    CalibrationOption,
     ChatOption,
     ChunkOption,
     DeviceOption,
@@ -23,7 +25,7 @@ from pikv.cli.options import (
     hide_bars,
     read_text,
 )
-from pikv.cli.progress import busy
+from pikv.cli.progress import busy, load_libraries
 
 if TYPE_CHECKING:
     from pikv.generation.document import Document
@@ -48,11 +50,13 @@ def ask_command(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Ask what --save wrote, instead of reading a file.")] = None,
     chunk_size: ChunkOption = None,
+    calibration: CalibrationOption = None,
     chat_template: ChatOption = True,
     system: SystemOption = None,
     temperature: TemperatureOption = 0.0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Ask questions about a text that is read once, from its compressed cache.
@@ -82,8 +86,10 @@ def ask_command(
         _check_new(save)
     text = None if file is None else read_text(file)
     hide_bars(model)
+    load_libraries()
     from transformers import TextStreamer, set_seed
 
+    from pikv.calibration.default_calibration import use_calibration
     from pikv.generation.document import open_document
     from pikv.hf.cache import PiKVCache
     from pikv.models.loading import load_model
@@ -93,7 +99,9 @@ def ask_command(
     set_seed(seed)
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     with busy(f"reading model {model}"):
-        loaded, tokenizer = load_model(model, device, dtype)
+        loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
+    if calibration is not None:
+        use_calibration(loaded, calibration)
     with busy(f"reading {cache if file is None else 'standard input' if file == '-' else file}"):
         document = open_document(
             loaded,

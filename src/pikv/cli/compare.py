@@ -55,7 +55,9 @@ def compare_command(
         int | None,
         typer.Option(help="Tokens of the longest context for time and memory. (default: 8192, thorough 16384, or what fits)"),
     ] = None,
-    context: Annotated[Path | None, typer.Option(help="A text file to use instead of the task's contexts.")] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="A text file to use instead of the task's contexts; - for standard input.")
+    ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="A question about your own context, may be repeated. (default: continue it)")
     ] = None,

@@ -6,6 +6,8 @@ import typer
 
 from pikv.cli.ask import say_what_was_kept
 from pikv.cli.options import (
+    AttentionOption,
+    CalibrationOption,
     ChatOption,
     ChunkOption,
     DeviceOption,
@@ -19,7 +21,7 @@ from pikv.cli.options import (
     hide_bars,
     read_text,
 )
-from pikv.cli.progress import busy
+from pikv.cli.progress import busy, load_libraries
 
 
 def generate_command(
@@ -29,11 +31,13 @@ def generate_command(
     model: ModelOption = "demo",
     max_new_tokens: NewTokensOption = 64,
     chunk_size: ChunkOption = None,
+    calibration: CalibrationOption = None,
     chat_template: ChatOption = True,
     system: SystemOption = None,
     temperature: TemperatureOption = 0.0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Answer or continue one prompt, from its compressed cache.
@@ -54,8 +58,10 @@ def generate_command(
     if text is None or not text.strip():
         raise ValueError("the prompt is empty")
     hide_bars(model)
+    load_libraries()
     from transformers import TextStreamer, set_seed
 
+    from pikv.calibration.default_calibration import use_calibration
     from pikv.generation.document import open_document
     from pikv.models.loading import load_model
     from pikv.presses.spec import as_press
@@ -64,7 +70,9 @@ def generate_command(
     set_seed(seed)
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     with busy(f"reading model {model}"):
-        loaded, tokenizer = load_model(model, device, dtype)
+        loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
+    if calibration is not None:
+        use_calibration(loaded, calibration)
     with busy("reading the prompt"):
         document = open_document(
             loaded,

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class CompareConfig(EvaluationConfig):
         num_new_tokens: tokens to generate for every timing
         repeats: timings of every method and length
         question_aware: compress with the question in view, not before it is seen
-        context: a text file that replaces synthetic contexts: where no right answers are known, agreement with the full cache
-            then stands for quality
+        context: a text file, ``-`` for standard input, that replaces synthetic contexts: where no right answers are known,
+            agreement with the full cache then stands for quality
         questions: asked about that text
         questions_file: further ones, see ``read_questions``
     """
@@ -85,10 +86,11 @@ class CompareConfig(EvaluationConfig):
             ValueError: as ``prepare`` does.
         """
         parse_methods(self.methods, self.num_experts)
-        self.comparison_task()
+        self.comparison_task  # noqa: B018 -- it reads the files
 
+    @cached_property
     def comparison_task(self) -> Task:
-        """What quality is measured on: the user's own text, or else the task of that name."""
+        """What quality is measured on: the user's own text, which is read once, or else the task of that name."""
         if self.context is None:
             return self.make_task()
         own = [OwnQuestion(text) for text in self.questions]
@@ -117,7 +119,7 @@ def prepare(
     methods = parse_methods(config.methods, config.num_experts)
     if config.calibration is not None:
         use_calibration(model, config.calibration)
-    task = config.comparison_task()
+    task = config.comparison_task
     if config.context is None:
         config = _with_lengths(config, model, methods)
     samples = task.samples(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,12 @@ def read_questions(path: Path) -> list[OwnQuestion]:
 
 
 def read_context(path: Path) -> str:
-    """Reads a user's own text.
+    """Reads a user's own text, for ``-`` from standard input.
 
     Raises:
         ValueError: if it cannot be read, or is empty.
     """
-    text = read_text_file(path, "context")
+    text = sys.stdin.read() if str(path) == "-" else read_text_file(path, "context")
     if not text.strip():
         raise ValueError(f"the context is empty: {path}")
     return text

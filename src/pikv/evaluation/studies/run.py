@@ -158,7 +158,7 @@ def run_study(study: Study, config: StudyConfig, plan: Plan, data: Data, progres
     outcome = run_plan(plan, progress)
     if not (outcome.measurements or outcome.quality):
         raise KeyboardInterrupt
-    done = {each.method for each in [*outcome.measurements, *outcome.quality]}
+    done = {each.method for each in outcome.measurements} | {each.method for each in outcome.quality}
     settings = {
         **config.as_json(),
         "study": study.name,
