@@ -52,7 +52,7 @@ class _RotatingStage(ScoredStage):
 
     @classmethod
     def of(cls, stage: ScoredStage, rotary: Rotary) -> "_RotatingStage":
-        return cls(**{each.name: getattr(stage, each.name) for each in fields(stage)}, rotary=rotary, inner=stage)
+        return cls(**{each.name: getattr(stage, each.name) for each in fields(ScoredStage)}, rotary=rotary, inner=stage)
 
     @property
     def changes_keys(self) -> bool:
