@@ -493,7 +493,11 @@ def test_several_lie_beside_a_model_and_each_press_takes_the_one_that_serves(lla
     assert MoERouterPress(router_type="eplb", num_experts=3).find_calibration(model) == (own, "")
     assert MoERouterPress(router_type="eplb", num_experts=8).find_calibration(model)[1] == ""
     use_calibration(model, own)
-    assert MoERouterPress(router_type="eplb", num_experts=8).find_calibration(model)[1].startswith("it was made for the experts aggressive, mod")
+    assert (
+        MoERouterPress(router_type="eplb", num_experts=8)
+        .find_calibration(model)[1]
+        .startswith("it was made for the experts aggressive, mod")
+    )
 
 
 def test_parameters_that_are_zero_take_no_room(llama, tmp_path):

@@ -63,7 +63,14 @@ def test_the_pipeline_refuses_what_is_not_clear(pipe):
 IMPORTS = ["import pikv", "from transformers import pipeline"]
 
 
-@pytest.mark.parametrize("imports", [IMPORTS, IMPORTS[::-1]], ids=["pikv-first", "transformers-first"])
+LOOKED_FOR = "import importlib.util; importlib.util.find_spec('transformers.pipelines')"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [IMPORTS, IMPORTS[::-1], [IMPORTS[0], LOOKED_FOR, IMPORTS[1]]],
+    ids=["pikv-first", "transformers-first", "looked-for-between"],
+)
 def test_its_names_are_known_whichever_is_imported_first(imports):
     code = (
         "; ".join(imports) + "; import sys; from transformers.pipelines import PIPELINE_REGISTRY as known;"

@@ -22,19 +22,26 @@ def register_when_imported() -> None:
 
 
 class _Finder:
-    """A finder of ``sys.meta_path`` that waits for one module, and finds none itself."""
+    """A finder of ``sys.meta_path`` that waits until one module is run, and finds none itself."""
+
+    def __init__(self) -> None:
+        self._asks_others = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _PIPELINES:
+        if name != _PIPELINES or self._asks_others:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asks_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asks_others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:  # not before: who looks for a module need not run it
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
