@@ -4,11 +4,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pikv.cli.answering import load_seeded, sampling, say_what_was_kept
 from pikv.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -26,9 +26,6 @@ from pikv.cli.options import (
     read_text,
 )
 from pikv.cli.progress import busy, load_libraries
-
-if TYPE_CHECKING:
-    from pikv.generation.document import Document
 
 
 def ask_command(
@@ -87,21 +84,15 @@ def ask_command(
     text = None if file is None else read_text(file)
     hide_bars(model)
     load_libraries()
-    from transformers import TextStreamer, set_seed
+    from transformers import TextStreamer
 
-    from pikv.calibration.default_calibration import use_calibration
     from pikv.generation.document import open_document
     from pikv.hf.cache import PiKVCache
-    from pikv.models.loading import load_model
     from pikv.presses.spec import as_press
 
     chosen = as_press(press)
-    set_seed(seed)
-    options = {"do_sample": True, "temperature": temperature} if temperature else {}
-    with busy(f"reading model {model}"):
-        loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
-    if calibration is not None:
-        use_calibration(loaded, calibration)
+    options = sampling(temperature)
+    loaded, tokenizer = load_seeded(model, device, dtype, attn_implementation, calibration, seed)
     with busy(f"reading {cache if file is None else 'standard input' if file == '-' else file}"):
         document = open_document(
             loaded,
@@ -132,12 +123,6 @@ def ask_command(
             streamer.end()
             print(f"({str(error) or 'interrupted'})")
     say_what_was_kept(document, seconds)
-
-
-def say_what_was_kept(document: "Document", seconds: float) -> None:
-    """The last line of a command that answers."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(f"{document.stats}, answered in {seconds:.2f} s", style="dim")
 
 
 def _check_new(path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pikv.cli.ask import say_what_was_kept
+from pikv.cli.answering import load_seeded, sampling, say_what_was_kept
 from pikv.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -59,20 +59,14 @@ def generate_command(
         raise ValueError("the prompt is empty")
     hide_bars(model)
     load_libraries()
-    from transformers import TextStreamer, set_seed
+    from transformers import TextStreamer
 
-    from pikv.calibration.default_calibration import use_calibration
     from pikv.generation.document import open_document
-    from pikv.models.loading import load_model
     from pikv.presses.spec import as_press
 
     chosen = as_press(press)
-    set_seed(seed)
-    options = {"do_sample": True, "temperature": temperature} if temperature else {}
-    with busy(f"reading model {model}"):
-        loaded, tokenizer = load_model(model, device, dtype, attn_implementation)
-    if calibration is not None:
-        use_calibration(loaded, calibration)
+    options = sampling(temperature)
+    loaded, tokenizer = load_seeded(model, device, dtype, attn_implementation, calibration, seed)
     with busy("reading the prompt"):
         document = open_document(
             loaded,
