@@ -82,4 +82,6 @@ def ask(
         answer_prefix=answer_prefix,
     )
     details = [document.ask(question, max_new_tokens=max_new_tokens, streamer=streamer, options=options) for question in asked]
+    for layer in document.cache.ragged_layers:
+        document.cache.rows(layer).fit()  # answers needed capacity
     return Answers(details=details, cache=document.cache, stats=document.stats)
