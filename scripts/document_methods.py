@@ -17,6 +17,7 @@ TITLES = {
     "budget": "By shares of layers and heads",
     "wrapper": "Around another press",
     "router": "By routers, calibrated on your model",
+    "format": "In fewer bytes a token",
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pikv.cache.formats.base import Segment, register_format
+from pikv.cache.sealing import Sealing
 from pikv.core import Decision
 from pikv.presses import BasePress
 from pikv.presses.stage import Stage
@@ -22,8 +23,11 @@ class ReversedSegment(Segment):
         self.num_rows, self.length = stored.shape[:2]
 
     @classmethod
-    def encode(cls, keys, values):
+    def encode(cls, keys, values, positions=None):
         return cls(torch.cat([values, keys], 2).flip(1).contiguous(), values.shape[2])
+
+    def with_keys(self, keys):
+        return self.encode(keys, self.dense()[1])
 
     @property
     def tensors(self):
@@ -64,7 +68,7 @@ class _SealingStage(Stage):
     format: str
 
     def decide(self, view):
-        return Decision(format=self.format)
+        return Decision(sealing=Sealing.whole(self.format))
 
     def min_kept(self, num_tokens):
         return num_tokens

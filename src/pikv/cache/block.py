@@ -12,6 +12,7 @@ from pikv.attention.partial import merge_parts, with_sinks
 from pikv.cache.formats.base import Segment
 from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
+from pikv.cache.sealing import Sealing
 from pikv.indices import index_tensor
 
 _POSITION_BYTES = 4
@@ -221,17 +222,37 @@ class RowBlock:
             self.tail.reserve(capacity)
             self._set_positions(None if self._positions is None else self.kept_positions())
 
-    def seal(self, format: str) -> None:
-        """Stores all tokens in a format; new ones come after them, in the dense one."""
-        if format == self.tail.format:
-            if self.sealed:
-                self.tail = DenseSegment.encode(*self.dense())
-                self.sealed = []
-            return
-        sealed = [segment.seal(format) for _, segment in self._starts()]
-        self.tail = DenseSegment.empty(len(self.row_ids), like=self.tail)
-        self.sealed = sealed
-        self._set_positions(None if self._positions is None else self.kept_positions())
+    def seal(self, sealing: Sealing) -> bool:
+        """Stores the oldest dense tokens in a format, as many as ``sealing`` says; returns whether there were any.
+
+        What was sealed before stays as it is, but for segments that are joined: the later of two is always the shorter one,
+        so that there are few of them and each token is seldom moved.
+        """
+        first, count = sealing.span(self.num_sealed, self.tail.length)
+        if count == 0:
+            return False
+        keys, values = self.tail.dense()
+        sealed = list(self.sealed)
+        if first:
+            sealed.append(DenseSegment.encode(keys[:, :first], values[:, :first]))
+        span = slice(first, first + count)
+        positions = self.kept_positions()[:, self.num_sealed :]
+        sealed.append(sealing.format.encode(keys[:, span], values[:, span], positions[:, span]))
+        while len(sealed) > 1 and sealed[-2].length <= sealed[-1].length and (joined := sealed[-2].join(sealed[-1])):
+            sealed[-2:] = [joined]
+        rest = slice(first + count, None)
+        capacity = first_capacity(self.tail.length - first - count)
+        tail = DenseSegment.encode(keys[:, rest], values[:, rest], capacity=capacity)
+        kept_positions = None if self._positions is None else self.kept_positions()
+        self.sealed, self.tail = sealed, tail
+        self._set_positions(kept_positions)
+        return True
+
+    def unseal(self) -> None:
+        """Stores all tokens as dense ones again."""
+        if self.sealed:
+            self.tail = DenseSegment.encode(*self.dense())
+            self.sealed = []
 
     def move(self, location: torch.device) -> None:
         """Moves the tokens to another place; new ones come where the model computes."""

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pikv.cache.sealing import Sealing
+
 
 class Change(Protocol):
     """What is to become of the tokens of a layer; see ``pikv.core.Decision``."""
@@ -14,7 +16,7 @@ class Change(Protocol):
     def kept(self) -> Sequence[Tensor] | None: ...
 
     @property
-    def format(self) -> str | None: ...
+    def sealing(self) -> Sealing | None: ...
 
     @property
     def location(self) -> torch.device | None: ...

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pikv.cache.block import RowBlock
 from pikv.cache.change import Change
-from pikv.cache.formats.base import FORMATS
 from pikv.cache.formats.dense import DenseSegment
 from pikv.cache.integrity import check_blocks
 from pikv.cache.kept import KeptTokens
 from pikv.cache.regroup import copies_of, drop_from, gather_kept, merge, plain_tensors, split
+from pikv.cache.sealing import Sealing
 from pikv.cache.table import RowTable
 from pikv.cache.tokens import TokenMask
 
@@ -28,7 +28,7 @@ class RaggedRows:
         seen: tokens seen, by sequence
         seen_at_eviction: tokens that a sequence had seen when something of it was last evicted; going back beyond that cannot
             be exact
-        num_evictions: how often something was evicted
+        num_losses: how often something was evicted, or stored in another format
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, keys: Tensor, values: Tensor) -> None:
@@ -41,7 +41,7 @@ class RaggedRows:
         self.blocks = [RowBlock(row_ids, [], DenseSegment(empty_keys, empty_values, 0))]
         self.seen = [0] * batch_size
         self.seen_at_eviction = [0] * batch_size
-        self.num_evictions = 0
+        self.num_losses = 0
         self._table: RowTable | None = None
 
     @classmethod
@@ -52,7 +52,7 @@ class RaggedRows:
         rows = cls.__new__(cls)
         rows.batch_size, rows.num_kv_heads = len(seen), num_kv_heads
         rows.blocks, rows.seen, rows.seen_at_eviction = list(blocks), list(seen), list(seen_at_eviction)
-        rows.num_evictions = 0
+        rows.num_losses = 0
         rows._table = None
         return rows
 
@@ -155,14 +155,12 @@ class RaggedRows:
         """Carries out a decision: evicts what is not kept, then stores what is left in another format, in another place.
 
         Raises:
-            ValueError: for an unknown format, before anything is done.
+            NotFiniteError: if tokens are to be stored in a format that cannot hold them.
         """
-        if change.format is not None:
-            FORMATS[change.format]  # raises for an unknown one
         if change.kept is not None:
             self.keep(change.kept)
-        if change.format is not None:
-            self.seal(change.format)
+        if change.sealing is not None:
+            self.seal(change.sealing)
         if change.location is not None:
             with plain_tensors():
                 for block in self.blocks:
@@ -187,17 +185,31 @@ class RaggedRows:
                 blocks.append(block)
                 continue
             blocks += gather_kept(block, chosen)
-            self.num_evictions += 1
+            self.num_losses += 1
             for sequence in {row // self.num_kv_heads for row in block.row_ids}:
                 self.seen_at_eviction[sequence] = self.seen[sequence]
         self._set_blocks(merge(blocks))
 
-    def seal(self, format: str) -> None:
-        """Stores all tokens in a format, by name."""
+    def seal(self, sealing: Sealing | str) -> None:
+        """Stores tokens in a format; by name for all of them, which is also how to make them dense again.
+
+        Raises:
+            ValueError: for an unknown format.
+            NotFiniteError: if the format cannot hold what there is.
+        """
+        if isinstance(sealing, str):
+            with plain_tensors():
+                for block in self.blocks:
+                    block.unseal()
+            if sealing == DenseSegment.format:
+                self._set_blocks(merge(self.blocks))
+                return
+            sealing = Sealing.whole(sealing)
         with plain_tensors():
-            for block in self.blocks:
-                block.seal(format)
-            self._set_blocks(merge(self.blocks))
+            num_sealed = sum(block.seal(sealing) for block in self.blocks)
+            if num_sealed:
+                self.num_losses += 1
+                self._set_blocks(merge(self.blocks))
 
     def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
         """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
@@ -260,7 +272,7 @@ class RaggedRows:
     def as_of(self, seen: Sequence[int]) -> "RaggedRows":
         """A copy of what is held of the first ``seen`` tokens of each sequence, in storage of its own."""
         rows = self.select(range(self.batch_size))
-        rows.num_evictions = self.num_evictions
+        rows.num_losses = self.num_losses
         rows.drop_since(seen)
         rows.fit()
         return rows

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pikv.cache.sealing import Sealing
+
 Kept = Sequence[Tensor]
 """For every row ``b * G + g`` the numbers of the tokens to keep within the row, ascending (int64)."""
 
@@ -19,7 +21,7 @@ class Decision:
 
     Attributes:
         kept: which tokens stay; None for all
-        format: the name of the format that those stay in (``pikv.cache.formats``); None for the one that they have
+        sealing: the format that tokens are brought into, and which of them; None for none
         location: the device that they move to; None for where they are
         target_lengths: ``[B, G]``, how many tokens the rows would hold had all of the given ones been there, which a further
             stage's ratio refers to; None for as many as they do
@@ -27,7 +29,7 @@ class Decision:
     """
 
     kept: Kept | None = None
-    format: str | None = None
+    sealing: Sealing | None = None
     location: torch.device | None = None
     target_lengths: Tensor | None = None
     earlier: Mapping[int, Kept] = field(default_factory=dict)

@@ -11,8 +11,8 @@ DECORATOR = "register_press"
 ROUTER_DECORATOR = "register_router"
 ROUTER_PRESS = ("pikv.presses.moe", "MoERouterPress")
 """The module and the class of the press that every kind of router gives its name to."""
-GROUPS = ("baseline", "position", "keys", "attention", "budget", "wrapper", "router", "own")
-"""In which order presses are listed: what they go by, presses around others, routers, and what users bring."""
+GROUPS = ("baseline", "position", "keys", "attention", "budget", "wrapper", "router", "format", "own")
+"""In which order presses are listed: what they go by, presses around others, routers, formats, and what users bring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class PressInfo:
         description: the first line of its documentation
         group: one of ``GROUPS``
         paper: its number on arXiv
+        number: the argument that a number behind the name sets; None where the name takes none
         wraps: for presses around another one, the name of the one that they wrap if nothing else is said
         options: arguments that are fixed under this name
         module: where its class is
@@ -34,6 +35,7 @@ class PressInfo:
     description: str
     group: str = "own"
     paper: str | None = None
+    number: str | None = "compression_ratio"
     wraps: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     module: str

@@ -4,7 +4,7 @@ from pikv.presses.base import BasePress
 from pikv.presses.registry import register_press
 
 
-@register_press("none", group="baseline")
+@register_press("none", group="baseline", number=None)
 class NoCompressionPress(BasePress):
     """Keeps everything: the full cache on PiKV's storage, the baseline of every comparison."""
 

@@ -56,6 +56,7 @@ def register_press(
     description: str | None = None,
     group: str = "own",
     paper: str | None = None,
+    number: str | None = "compression_ratio",
     wraps: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[[_Kind], _Kind]: ...
@@ -69,6 +70,7 @@ def register_press(
     description: str | None = None,
     group: str = "own",
     paper: str | None = None,
+    number: str | None = "compression_ratio",
     wraps: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> _Kind: ...
@@ -81,6 +83,7 @@ def register_press(
     description: str | None = None,
     group: str = "own",
     paper: str | None = None,
+    number: str | None = "compression_ratio",
     wraps: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -92,6 +95,7 @@ def register_press(
         description: the first line of its documentation, if nothing else is said
         group: where it is listed
         paper: its number on arXiv
+        number: the argument that a number behind the name sets; None for a name that takes none
         wraps: for a press whose first argument is another press, the name of the one to take if none is said
         options: arguments that are fixed under this name
 
@@ -100,7 +104,13 @@ def register_press(
     """
 
     def register(found: Any) -> Any:
-        about: dict[str, Any] = {"group": group, "paper": paper, "wraps": wraps, "options": dict(options or {})}
+        about: dict[str, Any] = {
+            "group": group,
+            "paper": paper,
+            "number": number,
+            "wraps": wraps,
+            "options": dict(options or {}),
+        }
         if description is not None:
             about["description"] = description
         PRESSES.register(name, entry_of(name, found, **about))

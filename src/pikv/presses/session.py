@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pikv.budget.select import values_of
+from pikv.cache.formats.base import NotFiniteError
 from pikv.cache.row_state import RowState
 from pikv.cache.rows import RaggedRows
 from pikv.core import AttentionCall, LayerView, Needs, plain_arithmetic
@@ -176,7 +177,8 @@ class Session:
                 assert self.inputs is not None
                 self.inputs.cache.remember_rows(call.layer_idx, self.before)
             self._decide(due, steps.joined(call) if call.num_new == 1 else call, reread)
-            call.state[DecodingHistory, self.press] = DecodingHistory(seen=steps.seen)
+            if any(stage.ends_history for stage in due):
+                call.state[DecodingHistory, self.press] = DecodingHistory(seen=steps.seen)
         for stage in observing:
             stage.observe(self._view(stage, call, rows.lengths, None, is_first=not due))
 
@@ -189,7 +191,10 @@ class Session:
             num_before = int(rows.lengths.sum())
             view = self._view(stage, call, num_given, reread, is_first=stage is due[0])
             decision = stage.decide(view)
-            rows.apply(decision)
+            try:
+                rows.apply(decision)
+            except NotFiniteError as error:
+                raise ValueError(f"{stage.press!r}, layer {call.layer_idx}: {error}") from None
             if decision.kept is not None:
                 _forget_evicted(call.state, rows)
                 stage.after_keep(view, decision.kept, rows)

@@ -51,12 +51,13 @@ def get_press(spec: str, **options: Any) -> BasePress:
             raise ValueError(f"{spec!r} names a ratio already")
         if limit := next((limit for limit in ("budget", "max_bytes") if options.get(limit) is not None), None):
             raise ValueError(f"{spec!r} names a ratio, which {limit}={options[limit]!r} would replace: give one of them")
-        if name == "none":
-            raise ValueError("'none' removes nothing and takes no ratio")
         class_name, _, _ = ratio.partition(":")
         if class_name.isidentifier() and name not in PRESSES and Path(f"{name}.py").is_file():
             raise _not_a_file(name, class_name)
-        options["compression_ratio"] = parse_ratio(ratio, spec)
+        number = number_of(name)
+        if number is None:
+            raise ValueError(f"{name!r} takes no ratio, nor any other number")
+        options[number] = parse_ratio(ratio, spec) if number == "compression_ratio" else parse_number(ratio, spec)
     return _build(name, inner, options)
 
 
@@ -163,6 +164,19 @@ def _name_and_ratio(part: str) -> tuple[str, str | None]:
     if start >= 0:
         name = part[: start + len(FILE_SEPARATOR)] + name
     return name.strip(), ratio.strip() if colon else None
+
+
+def number_of(name: str) -> str | None:
+    """The argument that a number behind a name sets; None for a name that takes none."""
+    return PRESSES[name].info.number if name in PRESSES else "compression_ratio"
+
+
+def parse_number(text: str, spec: str) -> int | float:
+    """The number that ``text`` says, a part of ``spec``; ValueError for what is not one."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise ValueError(f"{shortened(spec)}: {shortened(text)} is not a number") from None
 
 
 def parse_ratio(text: str, spec: str) -> float:

@@ -53,6 +53,11 @@ class Stage(ABC):
         """Whether it changes keys of tokens that came earlier, so that dropping the newest ones does not undo it."""
         return False
 
+    @property
+    def ends_history(self) -> bool:
+        """Whether tokens that come one by one are counted anew once it acted."""
+        return True
+
     def observe(self, view: LayerView) -> None:  # noqa: B027
         """Is shown, if it ``needs.observes``, a layer of a context that is read when it is not its time to decide."""
 

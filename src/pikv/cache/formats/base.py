@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from importlib.resources import files
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,28 @@ from pikv.attention.partial import attend_part, merge_parts
 from pikv.registry import Registry
 
 _CHUNK_TOKENS = 4096  # that are decoded at a time
+_LARGEST = 1e38  # beyond, differences of two numbers overflow
 
 _Segment = TypeVar("_Segment", bound="type[Segment]")
+
+
+class NotFiniteError(ValueError):
+    """Keys or values cannot be stored in a format: they are infinite, not a number, or nearly so."""
+
+
+class Format(Protocol):
+    """A format and its settings: what tokens are brought into it by. A class of segments without settings is one itself."""
+
+    @property
+    def group_size(self) -> int:
+        """Tokens are brought into the format in multiples of this number, where that can be chosen."""
+
+    def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> Segment:
+        """Stores copies of keys ``[n, L, D]`` and values ``[n, L, Dv]``, whose original positions are ``[n, L]`` (int32).
+
+        Raises:
+            NotFiniteError: if the format cannot hold infinite numbers, and there are such.
+        """
 
 
 class Segment(ABC):
@@ -31,6 +52,7 @@ class Segment(ABC):
     """
 
     format: ClassVar[str]
+    group_size: ClassVar[int] = 1
     num_rows: int
     length: int
 
@@ -58,10 +80,9 @@ class Segment(ABC):
         ``indices`` ``[m, length]`` (int64) numbers the tokens to take of each, ascending; None takes all.
         """
 
-    @classmethod
     @abstractmethod
-    def encode(cls, keys: Tensor, values: Tensor) -> Segment:
-        """Stores keys ``[n, L, D]`` and values ``[n, L, Dv]`` in this format."""
+    def with_keys(self, keys: Tensor) -> Segment:
+        """The same tokens with other keys ``[n, length, D]``, brought into the format anew."""
 
     @classmethod
     @abstractmethod
@@ -117,9 +138,9 @@ class Segment(ABC):
         output, logsumexp = merge_parts(parts)
         return output, logsumexp
 
-    def seal(self, format: str) -> Segment:
-        """These tokens in a format, by name."""
-        return self if format == self.format else FORMATS[format].encode(*self.dense())
+    def join(self, later: Segment) -> Segment | None:
+        """These tokens and ``later`` ones of the same rows in one new segment; None where that would change what is stored."""
+        return None
 
     def to(self, location: torch.device) -> Segment:
         """These tokens in another place."""
@@ -127,10 +148,6 @@ class Segment(ABC):
             return self
         tensors, state = self.state()
         return type(self).from_state(tensors, state, location)
-
-    def with_keys(self, keys: Tensor) -> Segment:
-        """The same tokens with other keys ``[n, length, D]``."""
-        return self.encode(keys, self.dense()[1])
 
     def check_integrity(self, *, with_values: bool = True) -> None:
         """Raises AssertionError unless the segment is whole, and ``with_values`` unless all of them are finite."""
@@ -142,7 +159,21 @@ class Segment(ABC):
             assert bool(values.isfinite().all()), "uninitialised values"
 
 
-FORMATS: Registry[type[Segment]] = Registry("format")
+def check_finite(keys: Tensor, values: Tensor) -> None:
+    """Raises NotFiniteError unless these keys and values can be computed with."""
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.numel() and not bool(tensor.abs().amax() < _LARGEST):
+            raise NotFiniteError(f"there are {name} that are infinite or not a number, which only the dense format can hold")
+
+
+def _files() -> dict[str, str]:
+    """The modules of this folder, each of which has the segments of the format that it is named after."""
+    names = (path.name.removesuffix(".py") for path in files(__package__).iterdir() if path.name.endswith(".py"))
+    return {name: f"{__package__}.{name}" for name in sorted(names) if name not in _PARTS}
+
+
+_PARTS = ("__init__", "base", "coded")
+FORMATS: Registry[type[Segment]] = Registry("format", files=_files)
 """The formats that tokens can be stored in: classes of segments, by name."""
 
 

@@ -59,8 +59,13 @@ class DenseSegment(Segment):
         return cls(keys.new_empty((num_rows, 0, keys.shape[-1])), values.new_empty((num_rows, 0, values.shape[-1])), length=0)
 
     @classmethod
-    def encode(cls, keys: Tensor, values: Tensor) -> DenseSegment:
-        return cls(keys.clone(), values.clone(), keys.shape[1])
+    def encode(cls, keys: Tensor, values: Tensor, positions: Tensor | None = None, capacity: int | None = None) -> DenseSegment:
+        """As every format; with a ``capacity`` in tokens, by default for as many as there are."""
+        capacity = keys.shape[1] if capacity is None else capacity
+        return cls(spread(keys, capacity), spread(values, capacity), keys.shape[1])
+
+    def with_keys(self, keys: Tensor) -> DenseSegment:
+        return self.encode(keys, self.dense()[1])
 
     @property
     def capacity(self) -> int:

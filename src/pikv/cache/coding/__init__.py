@@ -1,0 +1,1 @@
+"""How numbers are written in fewer bits; ``pikv.cache.formats`` stores what comes of it."""

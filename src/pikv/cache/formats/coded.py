@@ -1,0 +1,137 @@
+"""What formats with settings share: segments made of tensors, some with an entry for each token, some with one for each row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pikv.cache.formats.base import Format, Segment
+from pikv.indices import index_tensor
+
+
+class CodedSegment(Segment):
+    """Tokens in a format with settings.
+
+    Attributes:
+        settings: the format, a data class; ``settings_class`` of the same fields in files
+        by_token: tensors with an entry for each token, ``[n, L, ...]``, by name
+        by_row: tensors with an entry for each row, ``[n, ...]``, by name
+        dims: ``D`` and ``Dv``
+    """
+
+    settings_class: ClassVar[type[Any]]
+    row_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of tensors with an entry for each row; all others have one for each token."""
+
+    def __init__(
+        self,
+        settings: Format,
+        by_token: Mapping[str, Tensor],
+        by_row: Mapping[str, Tensor],
+        dims: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings = settings
+        self.by_token = dict(by_token)
+        self.by_row = dict(by_row)
+        self.dims = dims
+        self._dtype = dtype
+        first = next(iter(self.by_token.values()))
+        self.num_rows, self.length = first.shape[:2]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.by_token | self.by_row
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        return *super().kind, self.settings, self.dims
+
+    @abstractmethod
+    def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys ``[n, stop - start, D]`` and values of some tokens; in any floating-point type."""
+
+    def dense(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        keys, values = self.decode(start, self.length if stop is None else min(stop, self.length))
+        return as_type(keys, self._dtype), as_type(values, self._dtype)
+
+    def gather(self, members: Sequence[int], indices: Tensor | None = None) -> Self:
+        rows = index_tensor(members, self.location)
+        by_token = {name: tensor.index_select(0, rows) for name, tensor in self.by_token.items()}
+        if indices is not None:
+            by_token = {name: take_tokens(tensor, indices) for name, tensor in by_token.items()}
+        return self.like(by_token, {name: tensor.index_select(0, rows) for name, tensor in self.by_row.items()})
+
+    @classmethod
+    def stack(cls, parts: Sequence[tuple[Segment, int]]) -> Self:
+        segments = [(segment, member) for segment, member in parts if isinstance(segment, cls)]
+        assert len(segments) == len(parts), "segments of another format"
+        first, _ = segments[0]
+        by_token, by_row = (
+            {
+                name: torch.stack([getattr(segment, kind)[name][member] for segment, member in segments])
+                for name in getattr(first, kind)
+            }
+            for kind in ("by_token", "by_row")
+        )
+        return first.like(by_token, by_row)
+
+    def join(self, later: Segment) -> Segment | None:
+        """Where rows have nothing in common but their settings, tokens are simply put behind each other."""
+        if self.by_row or not isinstance(later, CodedSegment) or self.kind[2:] != later.kind[2:]:
+            return None
+        return self.like({name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}, {})
+
+    def with_keys(self, keys: Tensor) -> Segment:
+        return self.settings.encode(keys, self.dense()[1])
+
+    def like(self, by_token: Mapping[str, Tensor], by_row: Mapping[str, Tensor]) -> Self:
+        """A segment of the same settings of other tensors."""
+        return type(self)(self.settings, by_token, by_row, self.dims, self._dtype)
+
+    def state(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        settings = asdict(self.settings)  # type: ignore[call-overload]
+        dtype = str(self._dtype).removeprefix("torch.")
+        return self.tensors, {**super().state()[1], "settings": settings, "dims": list(self.dims), "dtype": dtype}
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
+        copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        by_row = {name: tensor for name, tensor in copies.items() if name in cls.row_names}
+        by_token = {name: tensor for name, tensor in copies.items() if name not in cls.row_names}
+        dim, value_dim = state["dims"]
+        dtype = getattr(torch, state["dtype"])
+        segment = cls(cls.settings_class(**state["settings"]), by_token, by_row, (dim, value_dim), dtype)
+        shapes = [tuple(tensor.shape[:2]) for tensor in by_token.values()]
+        if any(shape != (segment.num_rows, state["length"]) for shape in shapes) or any(
+            tensor.shape[0] != segment.num_rows for tensor in by_row.values()
+        ):
+            raise ValueError(f"the tensors of a {cls.format} segment are not of the same rows and tokens")
+        keys, values = segment.dense(0, 1)
+        if (keys.shape[-1], values.shape[-1]) != (dim, value_dim):
+            raise ValueError(f"a {cls.format} segment of other head dimensions than it says")
+        return segment
+
+
+def take_tokens(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Takes the tokens at ``indices`` ``[n, l]`` of ``[n, L, ...]``."""
+    shape = (*indices.shape, *tensor.shape[2:])
+    places = indices.reshape(*indices.shape, *[1] * (tensor.dim() - 2)).expand(shape)
+    return tensor.gather(1, places)
+
+
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decoded numbers in a model's data type; those beyond its largest number, by rounding, are that."""
+    if dtype == torch.float16 and tensor.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        tensor = tensor.clamp(-limit, limit)
+    return tensor.to(dtype)
