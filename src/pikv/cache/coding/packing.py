@@ -52,7 +52,7 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
         return codes
     per_byte, size = 8 // width, _plane_size(codes.shape[-1], width)
     parts = pad(codes, (0, size * per_byte - codes.shape[-1])).split(size, dim=-1)
-    packed = parts[0].clone()
+    packed: Tensor = parts[0].clone()
     for place, part in enumerate(parts[1:], start=1):
         packed |= part << (place * width)
     return packed

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pikv.attention.tiles import tiles
-from pikv.cache.formats.base import Segment, check_finite, register_format
-from pikv.cache.formats.coded import CodedSegment, take_tokens
 from pikv.cache.coding.packing import pack, unpack
 from pikv.cache.coding.uniform import dequantize, quantize
+from pikv.cache.formats.base import Segment, check_finite, register_format
+from pikv.cache.formats.coded import CodedSegment, take_tokens
 from pikv.checks import check_count
 from pikv.indices import index_tensor
 
@@ -207,7 +207,8 @@ def _in_groups(numbers: Tensor, size: int) -> Tensor:
     size = min(size, numbers.shape[-1])
     if missing := -numbers.shape[-1] % size:
         numbers = torch.cat([numbers, numbers[..., -1:].expand(*numbers.shape[:-1], missing)], -1)
-    return numbers.unflatten(-1, (-1, size))
+    grouped: Tensor = numbers.unflatten(-1, (-1, size))
+    return grouped
 
 
 def _by_channel(scales: Tensor, size: int, dim: int) -> Tensor:
