@@ -38,7 +38,7 @@ FULL_CACHE = Method(FULL, NoCompressionPress)
 def parse_methods(text: str, num_experts: int | None = None) -> list[Method]:
     """Reads a comma-separated list; the full cache comes first, whether it was named or not.
 
-    ``all`` stands for every press by name that works without a calibration of the model, each with the same ratio if it has one,
+    ``all`` stands for every press by name that works without a calibration of the model, with the same ratio if it has one,
     ``all:0.5`` for them with another. ``num_experts`` is what routers get in place of their own default.
 
     Raises:

@@ -43,6 +43,17 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return codes
 
 
+def unpack_into(target: Tensor, packed: Tensor, bits: int) -> None:
+    """Writes what was packed, for ``bits`` of 1, 2, 4 or 8, into ``target`` ``[..., dim]`` of any type."""
+    size, dim = packed.shape[-1], target.shape[-1]
+    last = 8 // bits - 1
+    for place in range(last + 1):
+        part = target[..., place * size : (place + 1) * size]
+        plane = packed >> (place * bits) if place else packed
+        part.copy_((plane if place == last else plane & (2**bits - 1))[..., : part.shape[-1]])
+    assert size * (last + 1) >= dim
+
+
 def _plane_size(dim: int, width: int) -> int:
     return -(-dim * width // 8)
 
@@ -61,8 +72,6 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
 def _unpack_plane(packed: Tensor, width: int, dim: int) -> Tensor:
     if width == 8:
         return packed
-    parts = [packed & (2**width - 1)]
-    parts += [(packed >> (place * width)) & (2**width - 1) for place in range(1, 8 // width - 1)]
-    parts.append(packed >> (8 - width))
-    codes: Tensor = torch.cat(parts, dim=-1)[..., :dim]
+    codes = packed.new_empty((*packed.shape[:-1], dim))
+    unpack_into(codes, packed, width)
     return codes
