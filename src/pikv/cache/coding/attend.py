@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pikv.attention.params import AttentionParams
-from pikv.cache.coding.packing import unpack_into
+from pikv.cache.coding.packing import planes_of
 
 MOST_QUERIES = 32
 """For more queries of a row it is cheaper to decode the tokens once and multiply them as they are."""
@@ -34,11 +35,14 @@ class PackedCodes:
     bits: int
     dim: int
 
-    def numbers(self, start: int, stop: int) -> Tensor:
-        """The codes of some tokens, ``[n, stop - start, dim]`` (float32)."""
-        found = torch.empty((len(self.codes), stop - start, self.dim), dtype=torch.float32, device=self.codes.device)
-        unpack_into(found, self.codes[:, start:stop], self.bits)
-        return found
+    def planes(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """The codes of some tokens: channels, and ``[n, stop - start, channels]`` (float32) of them, valid until the next."""
+        size = self.codes.shape[2]
+        codes = self.codes[:, start:stop]
+        numbers = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for place, plane in enumerate(planes_of(codes, self.bits)):
+            channels = slice(place * size, min((place + 1) * size, self.dim))
+            yield channels, numbers.copy_(plane)[..., : channels.stop - channels.start]
 
 
 def attend_codes(
@@ -78,9 +82,11 @@ def _logits(queries: Tensor, keys: PackedCodes, group: int, start: int, stop: in
     size = (stop - start) // group
     groups = slice(first, first + size)
     scales, lowest = keys.scales[:, groups].float(), keys.lowest[:, groups].float()
-    scaled = queries.unsqueeze(1) * scales.unsqueeze(2)  # [n, groups, q, D]
-    numbers = keys.numbers(start, stop).unflatten(1, (size, group))
-    products: Tensor = torch.bmm(scaled.flatten(0, 1), numbers.flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, size))
+    scaled = (queries.unsqueeze(1) * scales.unsqueeze(2)).flatten(0, 1)  # [n * groups, q, D]
+    products = scaled.new_zeros((len(scaled), scaled.shape[1], group))
+    for channels, numbers in keys.planes(start, stop):
+        products.baddbmm_(scaled[..., channels], numbers.unflatten(1, (size, group)).flatten(0, 1).transpose(1, 2))
+    products = products.unflatten(0, (-1, size))
     products += (queries.unsqueeze(1) @ lowest.unsqueeze(3)).expand_as(products)
     return products.transpose(1, 2).flatten(2)
 
@@ -92,7 +98,9 @@ def _weighted(weights: Tensor, values: PackedCodes, channel_group: int) -> Tenso
     for start, stop, _ in _spans(values, 1):
         part = weights[:, :, start:stop].unsqueeze(1)  # by group of channels, whose scales differ
         scaled = part * values.scales[:, start:stop].float().transpose(1, 2).unsqueeze(2)
-        sums.baddbmm_(scaled.flatten(1, 2), values.numbers(start, stop))
+        scaled = scaled.flatten(1, 2)
+        for channels, numbers in values.planes(start, stop):
+            sums[..., channels].baddbmm_(scaled, numbers)
     sums = sums.unflatten(1, (num_groups, -1))
     floor = weights @ values.lowest.float()  # [n, q, groups]
     found = [

@@ -1,5 +1,7 @@
 """Whole numbers of a few bits, packed into bytes without a bit between them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -43,15 +45,24 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return codes
 
 
-def unpack_into(target: Tensor, packed: Tensor, bits: int) -> None:
-    """Writes what was packed, for ``bits`` of 1, 2, 4 or 8, into ``target`` ``[..., dim]`` of any type."""
-    size, dim = packed.shape[-1], target.shape[-1]
-    last = 8 // bits - 1
-    for place in range(last + 1):
-        part = target[..., place * size : (place + 1) * size]
-        plane = packed >> (place * bits) if place else packed
-        part.copy_((plane if place == last else plane & (2**bits - 1))[..., : part.shape[-1]])
-    assert size * (last + 1) >= dim
+def planes_of(packed: Tensor, bits: int) -> Iterator[Tensor]:
+    """The numbers of 1, 2, 4 or 8 bits in bytes ``[..., size]`` (uint8): the first of every byte, then the second, and so on.
+
+    Each is valid until the next.
+    """
+    if bits == 8:
+        yield packed
+        return
+    starts = (packed.shape[-1], packed.storage_offset(), *packed.stride()[:-1])
+    is_wide = packed.stride(-1) == 1 and not any(start % 8 for start in starts)
+    words = packed.view(torch.int64) if is_wide else packed  # eight bytes in one operation
+    mask = (2**bits - 1) * (0x0101010101010101 if is_wide else 1)
+    plane = torch.empty_like(words, memory_format=torch.contiguous_format)
+    for place in range(8 // bits):
+        if place:
+            torch.bitwise_right_shift(words, place * bits, out=plane)
+        torch.bitwise_and(plane if place else words, mask, out=plane)
+        yield plane.view(torch.uint8)
 
 
 def _plane_size(dim: int, width: int) -> int:
@@ -72,6 +83,5 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
 def _unpack_plane(packed: Tensor, width: int, dim: int) -> Tensor:
     if width == 8:
         return packed
-    codes = packed.new_empty((*packed.shape[:-1], dim))
-    unpack_into(codes, packed, width)
+    codes: Tensor = torch.cat([plane.clone() for plane in planes_of(packed, width)], dim=-1)[..., :dim]
     return codes
