@@ -26,7 +26,7 @@ _said: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def layer_errors(model: Any, sealings: Mapping[int, Sealing]) -> Mapping[int, float]:
-    """The relative error of each layer's attention outputs, by layer, on a probe text whose tokens are all stored in the formats.
+    """The relative error of each layer's attention outputs on a probe text that is stored in the formats, by layer.
 
     The text are random tokens that come twice; its last quarter attends, and the first tokens stay dense as ``sealings`` say.
     What was found is remembered for as long as the model lives.

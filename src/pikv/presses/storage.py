@@ -57,8 +57,8 @@ class StoragePress(BasePress):
     in groups, while contexts are read and while tokens are generated. ``compression_ratio`` is 0: no token is removed; what is
     saved are bytes (``PiKVCache.compression_ratio``).
 
-    When it is applied to a model for the first time it tries the format on a probe text, and warns where attention is off by more
-    than ``usual_error``: some models have keys that a format cannot hold (transformers issue 35185).
+    When it is applied to a model for the first time it tries the format on a probe text, and warns where attention is off by
+    more than ``usual_error``: some models have keys that a format cannot hold (transformers issue 35185).
 
     Args:
         num_sinks: the first tokens of a row, which stay dense
@@ -124,8 +124,8 @@ class StoragePress(BasePress):
             said = ", ".join(f"layer {layer} by {error:.0%}" for layer, error in bad.items())
             warn_once(
                 model,
-                f"{self!r}: on a probe text attention is off, in {said}, where up to {self.usual_error:.0%} is usual: answers may "
-                "break; skip_layers='auto' leaves these layers dense",
+                f"{self!r}: on a probe text attention is off, in {said}, where up to {self.usual_error:.0%} is usual: answers "
+                "may break; skip_layers='auto' leaves these layers dense",
             )
         return {layer: each for layer, each in sealings.items() if self.skip_layers != "auto" or layer not in bad}
 
