@@ -28,7 +28,7 @@ from pikv.evaluation.defaults import DEFAULT_TASK
 
 def experiment_command(
     study: Annotated[
-        str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark, eplb_duo or calibration.")
+        str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark, eplb_duo, calibration or mix.")
     ],
     data: Annotated[str | None, typer.Option(help="random, or demo: texts with answers. (default: the study's)")] = None,
     model: Annotated[
@@ -79,7 +79,7 @@ def experiment_command(
     routers compares all routers at one ratio, presses single presses, combos combinations of them, sensitivity one press at
     rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, eplb_duo
     EPLB routing with DuoAttention, DuoAttention and no compression in pairs, calibration trained routers beside all that they
-    have to be better than.
+    have to be better than, mix how much to evict and how much to quantise at equal bytes.
     Ctrl-C saves what is finished. Writes results.csv (every run), summary.csv, results.json and report.html.
 
     Examples:
