@@ -211,6 +211,10 @@ class RaggedRows:
                 self.num_losses += 1
                 self._set_blocks(merge(self.blocks))
 
+    def would_seal(self, sealing: Sealing) -> bool:
+        """Whether ``seal`` would find any tokens."""
+        return any(sealing.span(block.num_sealed, block.tail.length)[1] for block in self.blocks)
+
     def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
         """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
         with plain_tensors():

@@ -1,0 +1,209 @@
+"""Low rank: keys and values of a KV head as combinations of a few directions (keys before RoPE: ShadowKV, arXiv 2410.21465)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pikv.attention.tiles import tiles
+from pikv.cache.coding.lowrank import factorize
+from pikv.cache.coding.rope import Rope
+from pikv.cache.formats.base import check_finite, register_format
+from pikv.cache.formats.coded import CodedSegment, as_type
+from pikv.checks import check_count, check_share
+from pikv.indices import index_tensor
+
+_TILE = 2048  # tokens that are worked on at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdFormat:
+    """Keys and values as factors by token and a basis for each row, both in the model's data type.
+
+    The basis belongs to the tokens of one segment, so segments are not joined. It takes ``D / L`` of what the factors of ``L``
+    tokens take: groups of four times ``D`` make that at most a quarter, smaller ones can hardly save anything. Where factors
+    and basis would take more bytes than the tokens themselves, of keys or of values, these are stored as they are.
+
+    Attributes:
+        rank: directions of keys and of values
+        energy: in the place of a rank, the share of the sum of squares that each head's directions are to hold (keys and values
+            apart), between 0 and 1; a segment stores as many as its most demanding head needs
+        value_rank: directions of values, in the place of ``rank`` or ``energy``
+        rope: by what keys are turned; they are turned back before they are split, since the rotation raises their rank, and on
+            again when they are decoded. None for keys without, or with an unknown rotary embedding: stored as they are
+        group_size: tokens that are brought into the format at a time
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    value_rank: int | None = None
+    rope: Rope | None = None
+    group_size: int = 256
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError(f"give either a rank or a share of energy, not {'both' if self.rank else 'none'} of them")
+        for name in ("rank", "value_rank"):
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
+        if self.energy is not None:
+            check_share(self.energy, "energy")
+        check_count(self.group_size, "group_size")
+        if isinstance(self.rope, Mapping):  # as files have it
+            object.__setattr__(self, "rope", Rope(**self.rope))
+
+    def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> SvdSegment:
+        """See ``Format``; without positions, tokens count from 0. Positions are stored only if a row's have gaps."""
+        check_finite(keys, values)
+        if positions is None:
+            positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).expand(len(keys), -1)
+        by_token, by_row = self._keys(keys, positions)
+        factors = self._split(values, None, self.value_rank or self.rank, None if self.value_rank else self.energy)
+        if factors is None:
+            by_token["values"] = values.clone(memory_format=torch.contiguous_format)
+        else:
+            by_token["value_factors"], by_row["value_basis"] = factors
+        return SvdSegment(self, by_token, by_row, (keys.shape[-1], values.shape[-1]), keys.dtype)._smaller()
+
+    def _keys(self, keys: Tensor, positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is stored of keys, by token and by row."""
+        factors = self._split(keys, positions if self.rope else None, self.rank, self.energy)
+        if factors is None:
+            return {"keys": keys.clone(memory_format=torch.contiguous_format)}, {}
+        by_token, by_row = {"key_factors": factors[0]}, {"key_basis": factors[1]}
+        if self.rope is not None:
+            by_token, by_row = _with_positions(by_token, by_row, positions)
+        return by_token, by_row
+
+    def _split(
+        self, vectors: Tensor, positions: Tensor | None, rank: int | None, energy: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Factors and bases of vectors ``[n, L, D]``, which are turned back by ``positions`` where there are some."""
+        length = vectors.shape[1]
+
+        def pieces() -> Iterator[Tensor]:
+            for tile in tiles(length, _TILE):
+                if positions is None or self.rope is None:
+                    yield vectors[:, tile].float()
+                else:
+                    yield self.rope.turn(vectors[:, tile], positions[:, tile], back=True)
+
+        return factorize(pieces, length, rank, energy, vectors.dtype) if vectors.numel() else None
+
+
+@register_format
+class SvdSegment(CodedSegment):
+    """Factors by token and a basis for each row; or tokens as they are, where that is less.
+
+    Original positions, by which keys are turned, are a first one for each row as long as a row's tokens stand side by side, and
+    are stored by token (int32) once some of them were evicted.
+    """
+
+    format = "svd"
+    settings: SvdFormat
+    settings_class = SvdFormat
+    row_names = frozenset({"key_basis", "value_basis", "starts"})
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        by_token = sorted((name, *tensor.shape[2:]) for name, tensor in self.by_token.items())
+        return *super().kind, *by_token, "starts" in self.by_row
+
+    @property
+    def ranks(self) -> tuple[int | None, int | None]:
+        """Directions of keys and of values that are stored; None where tokens are stored as they are."""
+        key, value = (self.by_row.get(f"{name}_basis") for name in ("key", "value"))
+        return None if key is None else key.shape[1], None if value is None else value.shape[1]
+
+    def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        keys, values = (self._product(name, start, stop) for name in ("key", "value"))
+        if self._turns:
+            assert self.settings.rope is not None
+            keys = self.settings.rope.turn(keys, self._positions(start, stop))
+        return keys, values
+
+    @property
+    def _turns(self) -> bool:
+        """Whether what is stored of keys is before RoPE."""
+        return self.settings.rope is not None and "key_factors" in self.by_token
+
+    def _product(self, name: str, start: int, stop: int) -> Tensor:
+        if (stored := self.by_token.get(f"{name}s")) is not None:
+            return stored[:, start:stop]
+        return self.by_token[f"{name}_factors"][:, start:stop].float() @ self.by_row[f"{name}_basis"].float()
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        """By which keys are turned, ``[n, stop - start]``."""
+        if "positions" in self.by_token:
+            return self.by_token["positions"][:, start:stop]
+        return self.by_row["starts"].unsqueeze(1) + torch.arange(start, stop, dtype=torch.int32, device=self.location)
+
+    def gather(self, members: Sequence[int], indices: Tensor | None = None) -> Self:
+        gathered = super().gather(members, indices)
+        if indices is None or indices.shape[1] == self.length:
+            return gathered
+        if self._turns:
+            old = self._positions(0, self.length).index_select(0, index_tensor(members, self.location))
+            gathered = gathered._at(old.gather(1, indices))
+        return gathered._smaller()
+
+    def _at(self, positions: Tensor) -> Self:
+        """The same with the positions ``[n, L]`` by which keys are turned."""
+        by_token, by_row = (_without(tensors, "positions", "starts") for tensors in (self.by_token, self.by_row))
+        return self.like(*_with_positions(by_token, by_row, positions))
+
+    def _smaller(self) -> Self:
+        """The same, with tokens in the place of factors that take no fewer bytes, as with positions, or of few tokens."""
+        by_token, by_row = dict(self.by_token), dict(self.by_row)
+        for name, dim in zip(("key", "value"), self.dims, strict=True):
+            taken = {each: tensor for each, tensor in self.tensors.items() if each.startswith(f"{name}_")}
+            if name == "key":
+                taken |= {each: self.tensors[each] for each in ("positions", "starts") if each in self.tensors}
+            num_bytes = sum(tensor.nbytes for tensor in taken.values())
+            if not taken or num_bytes < self.num_rows * self.length * dim * self.dtype.itemsize:
+                continue
+            decoded = self.decode(0, self.length)[name == "value"]
+            by_token[f"{name}s"] = as_type(decoded, self.dtype)
+            by_token, by_row = _without(by_token, *taken), _without(by_row, *taken)
+        return self if len(by_row) == len(self.by_row) else self.like(by_token, by_row)
+
+    def with_keys(self, keys: Tensor) -> Self:
+        """See ``Segment``. Keys are turned back by the original positions though they may have been turned otherwise since:
+        that is undone as exactly, but takes more directions, or is less exact with as many.
+        """
+        check_finite(keys, keys)
+        if "keys" in self.by_token:
+            stored = keys.clone(memory_format=torch.contiguous_format)
+            return self.like({**self.by_token, "keys": stored}, self.by_row)
+        positions = self._positions(0, self.length) if self._turns else torch.empty(0)
+        by_token, by_row = self.settings._keys(keys, positions)
+        of_keys = ("key_factors", "key_basis", "positions", "starts")
+        by_token |= _without(self.by_token, *of_keys)
+        by_row |= _without(self.by_row, *of_keys)
+        return self.like(by_token, by_row)._smaller()
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
+        segment = super().from_state(tensors, state, device)
+        for name in ("key", "value"):
+            if (f"{name}s" in tensors) == (f"{name}_factors" in tensors):
+                raise ValueError(f"a {cls.format} segment with {name}s in two forms, or in none")
+        return segment
+
+
+def _with_positions(
+    by_token: Mapping[str, Tensor], by_row: Mapping[str, Tensor], positions: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Adds positions ``[n, L]``: the first of each row where the others follow without gaps, else those of all tokens."""
+    if bool((positions.diff(dim=1) == 1).all()):
+        return {**by_token}, {**by_row, "starts": positions[:, 0].to(torch.int32, copy=True)}
+    copies = torch.empty_like(positions, dtype=torch.int32, memory_format=torch.contiguous_format).copy_(positions)
+    return {**by_token, "positions": copies}, {**by_row}
+
+
+def _without(tensors: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
