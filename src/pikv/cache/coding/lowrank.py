@@ -56,7 +56,8 @@ def factorize(
     """
     squares, directions = squared_singular_values(tiles())
     dim = squares.shape[-1]
-    ranks = ranks_for(energy, squares) if energy is not None else None
+    # Few numbers, and the host has to know them: on a GPU a sum that grows is not the same every time.
+    ranks = ranks_for(energy, squares.cpu()).to(squares.device) if energy is not None else None
     used = min(int(ranks.max()) if ranks is not None else rank or dim, dim)
     if not saves(used, length, dim):
         return None

@@ -40,10 +40,13 @@ class ChannelsFormat:
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> ChannelsSegment:
         return self.encode_channels(keys, values, self.choose(keys.float().square().sum(1)))
 
+    def num_kept(self, dim: int) -> int:
+        """Channels that stay of ``dim``; at least 1."""
+        return dim - int(dim * self.ratio)
+
     def choose(self, scores: Tensor) -> Tensor:
         """The channels to keep: those of the highest ``scores`` ``[..., D]``, ascending, ``[..., Dk]`` (int16)."""
-        num_kept = scores.shape[-1] - int(scores.shape[-1] * self.ratio)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.num_kept(scores.shape[-1])]
         return best.sort(dim=-1).values.to(torch.int16)
 
     def encode_channels(self, keys: Tensor, values: Tensor, channels: Tensor) -> ChannelsSegment:

@@ -9,15 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pikv.attention.tiles import tiles
+from pikv.attention.tiles import tile_elements, tiles
 from pikv.cache.coding.lowrank import factorize
 from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import check_finite, register_format
 from pikv.cache.formats.coded import CodedSegment, as_type
 from pikv.checks import check_count, check_share
 from pikv.indices import index_tensor
-
-_TILE = 2048  # tokens that are worked on at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +81,11 @@ class SvdFormat:
         self, vectors: Tensor, positions: Tensor | None, rank: int | None, energy: float | None
     ) -> tuple[Tensor, Tensor] | None:
         """Factors and bases of vectors ``[n, L, D]``, which are turned back by ``positions`` where there are some."""
-        length = vectors.shape[1]
+        num_rows, length, dim = vectors.shape
+        size = max(1, tile_elements(vectors.nbytes) // max(1, num_rows * dim))
 
         def pieces() -> Iterator[Tensor]:
-            for tile in tiles(length, _TILE):
+            for tile in tiles(length, size):
                 if positions is None or self.rope is None:
                     yield vectors[:, tile].float()
                 else:
