@@ -85,7 +85,7 @@ def test_bytes_saved_are_counted_on_the_storage(demo):
     model, _ = demo
     cache, _ = read(model, get_press("svd:8"), 1024)
     num_sealed = (1024 - 4 - 64) // 128 * 128
-    by_row = 2 * 8 * (num_sealed + 32) * 4 + 4  # factors and bases of keys and values, and one position
+    by_row = 2 * 8 * (num_sealed + 32) * 4  # factors and bases of keys and values
     assert all(segment.nbytes == 4 * by_row for segment in segments_of(cache, SvdSegment))
     assert 0.6 < cache.compression_ratio < 0.7
     assert cache.lengths(0).tolist() == [[1024] * 4] and get_press("svd:8").compression_ratio == 0

@@ -41,7 +41,7 @@ class Rope:
         return 2 * len(self.frequencies)
 
     def turn(self, vectors: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
-        """Turns ``vectors`` ``[..., D]`` on by ``positions`` ``[...]``, or back; returns float32.
+        """Turns ``vectors`` ``[..., D]`` on by ``positions`` ``[...]``, or what broadcasts to it, or back; returns float32.
 
         Raises:
             ValueError: for vectors of fewer elements than are to turn.
@@ -50,12 +50,11 @@ class Rope:
             raise ValueError(f"a rotary embedding of {self.num_rotated} elements cannot turn vectors of {vectors.shape[-1]}")
         angles = positions.unsqueeze(-1).float() * _tensor(self.frequencies, vectors.device)
         cos, sin = angles.cos(), angles.sin()
-        sin = -sin if back else sin
         turned = vectors.to(torch.float32, copy=True)
         first, second = self._pairs(vectors.float())
         first_out, second_out = self._pairs(turned)
-        first_out.copy_(first * cos - second * sin)
-        second_out.copy_(second * cos + first * sin)
+        first_out.mul_(cos).addcmul_(second, sin, value=1 if back else -1)
+        second_out.mul_(cos).addcmul_(first, sin, value=-1 if back else 1)
         return turned
 
     def _pairs(self, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import check_finite, register_format
 from pikv.cache.formats.coded import CodedSegment, as_type
 from pikv.checks import check_count, check_share
-from pikv.indices import index_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class SvdFormat:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise ValueError(f"give either a rank or a share of energy, not {'both' if self.rank else 'none'} of them")
+            raise ValueError(f"give either a rank or a share of energy, not {'none' if self.rank is None else 'both'} of them")
         for name in ("rank", "value_rank"):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
@@ -55,41 +54,40 @@ class SvdFormat:
             object.__setattr__(self, "rope", Rope(**self.rope))
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> SvdSegment:
-        """See ``Format``; without positions, tokens count from 0. Positions are stored only if a row's have gaps."""
+        """See ``Format``; without positions, there are no gaps between tokens."""
         check_finite(keys, values)
-        if positions is None:
-            positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).expand(len(keys), -1)
-        by_token, by_row = self._keys(keys, positions)
-        factors = self._split(values, None, self.value_rank or self.rank, None if self.value_rank else self.energy)
+        by_token, by_row = self._keys(keys, None if positions is None else _gaps(positions))
+        factors = self._split(values, None, self.value_rank or self.rank, None if self.value_rank else self.energy, None)
         if factors is None:
             by_token["values"] = values.clone(memory_format=torch.contiguous_format)
         else:
             by_token["value_factors"], by_row["value_basis"] = factors
         return SvdSegment(self, by_token, by_row, (keys.shape[-1], values.shape[-1]), keys.dtype)._smaller()
 
-    def _keys(self, keys: Tensor, positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is stored of keys, by token and by row."""
-        factors = self._split(keys, positions if self.rope else None, self.rank, self.energy)
+    def _keys(self, keys: Tensor, positions: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is stored of keys, by token and by row; ``positions`` as ``_gaps`` has them."""
+        factors = self._split(keys, positions, self.rank, self.energy, self.rope)
         if factors is None:
             return {"keys": keys.clone(memory_format=torch.contiguous_format)}, {}
-        by_token, by_row = {"key_factors": factors[0]}, {"key_basis": factors[1]}
-        if self.rope is not None:
-            by_token, by_row = _with_positions(by_token, by_row, positions)
-        return by_token, by_row
+        by_token = {"key_factors": factors[0]}
+        if self.rope is not None and positions is not None:
+            by_token["positions"] = positions
+        return by_token, {"key_basis": factors[1]}
 
     def _split(
-        self, vectors: Tensor, positions: Tensor | None, rank: int | None, energy: float | None
+        self, vectors: Tensor, positions: Tensor | None, rank: int | None, energy: float | None, rope: Rope | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Factors and bases of vectors ``[n, L, D]``, which are turned back by ``positions`` where there are some."""
+        """Factors and bases of vectors ``[n, L, D]``, which are turned back before if there is a rotation."""
         num_rows, length, dim = vectors.shape
         size = max(1, tile_elements(vectors.nbytes) // max(1, num_rows * dim))
 
         def pieces() -> Iterator[Tensor]:
             for tile in tiles(length, size):
-                if positions is None or self.rope is None:
-                    yield vectors[:, tile].float()
+                piece = vectors[:, tile]
+                if rope is None:
+                    yield piece.float()
                 else:
-                    yield self.rope.turn(vectors[:, tile], positions[:, tile], back=True)
+                    yield rope.turn(piece, _places(positions, tile.start, tile.stop, piece.device), back=True)
 
         return factorize(pieces, length, rank, energy, vectors.dtype) if vectors.numel() else None
 
@@ -98,19 +96,19 @@ class SvdFormat:
 class SvdSegment(CodedSegment):
     """Factors by token and a basis for each row; or tokens as they are, where that is less.
 
-    Original positions, by which keys are turned, are a first one for each row as long as a row's tokens stand side by side, and
-    are stored by token (int32) once some of them were evicted.
+    Keys are turned by how far they stand from where their row's first one stood: the rotation up to there is the same for all,
+    and the basis has it in. That is a token's number as long as none was evicted before it; else it is stored (int32).
     """
 
     format = "svd"
     settings: SvdFormat
     settings_class = SvdFormat
-    row_names = frozenset({"key_basis", "value_basis", "starts"})
+    row_names = frozenset({"key_basis", "value_basis"})
 
     @property
     def kind(self) -> tuple[object, ...]:
         by_token = sorted((name, *tensor.shape[2:]) for name, tensor in self.by_token.items())
-        return *super().kind, *by_token, "starts" in self.by_row
+        return *super().kind, *by_token
 
     @property
     def ranks(self) -> tuple[int | None, int | None]:
@@ -122,7 +120,8 @@ class SvdSegment(CodedSegment):
         keys, values = (self._product(name, start, stop) for name in ("key", "value"))
         if self._turns:
             assert self.settings.rope is not None
-            keys = self.settings.rope.turn(keys, self._positions(start, stop))
+            places = _places(self.by_token.get("positions"), start, stop, self.location)
+            keys = self.settings.rope.turn(keys, places)
         return keys, values
 
     @property
@@ -135,33 +134,21 @@ class SvdSegment(CodedSegment):
             return stored[:, start:stop]
         return self.by_token[f"{name}_factors"][:, start:stop].float() @ self.by_row[f"{name}_basis"].float()
 
-    def _positions(self, start: int, stop: int) -> Tensor:
-        """By which keys are turned, ``[n, stop - start]``."""
-        if "positions" in self.by_token:
-            return self.by_token["positions"][:, start:stop]
-        return self.by_row["starts"].unsqueeze(1) + torch.arange(start, stop, dtype=torch.int32, device=self.location)
-
     def gather(self, members: Sequence[int], indices: Tensor | None = None) -> Self:
         gathered = super().gather(members, indices)
         if indices is None or indices.shape[1] == self.length:
             return gathered
-        if self._turns:
-            old = self._positions(0, self.length).index_select(0, index_tensor(members, self.location))
-            gathered = gathered._at(old.gather(1, indices))
+        if self._turns and "positions" not in self.by_token and not _is_counting(indices):
+            gathered = self.like({**gathered.by_token, "positions": indices.to(torch.int32)}, gathered.by_row)
         return gathered._smaller()
-
-    def _at(self, positions: Tensor) -> Self:
-        """The same with the positions ``[n, L]`` by which keys are turned."""
-        by_token, by_row = (_without(tensors, "positions", "starts") for tensors in (self.by_token, self.by_row))
-        return self.like(*_with_positions(by_token, by_row, positions))
 
     def _smaller(self) -> Self:
         """The same, with tokens in the place of factors that take no fewer bytes, as with positions, or of few tokens."""
         by_token, by_row = dict(self.by_token), dict(self.by_row)
         for name, dim in zip(("key", "value"), self.dims, strict=True):
             taken = {each: tensor for each, tensor in self.tensors.items() if each.startswith(f"{name}_")}
-            if name == "key":
-                taken |= {each: self.tensors[each] for each in ("positions", "starts") if each in self.tensors}
+            if name == "key" and "positions" in self.by_token:
+                taken["positions"] = self.by_token["positions"]
             num_bytes = sum(tensor.nbytes for tensor in taken.values())
             if not taken or num_bytes < self.num_rows * self.length * dim * self.dtype.itemsize:
                 continue
@@ -178,11 +165,9 @@ class SvdSegment(CodedSegment):
         if "keys" in self.by_token:
             stored = keys.clone(memory_format=torch.contiguous_format)
             return self.like({**self.by_token, "keys": stored}, self.by_row)
-        positions = self._positions(0, self.length) if self._turns else torch.empty(0)
-        by_token, by_row = self.settings._keys(keys, positions)
-        of_keys = ("key_factors", "key_basis", "positions", "starts")
-        by_token |= _without(self.by_token, *of_keys)
-        by_row |= _without(self.by_row, *of_keys)
+        by_token, by_row = self.settings._keys(keys, self.by_token.get("positions"))
+        by_token |= _without(self.by_token, "key_factors", "positions")
+        by_row |= _without(self.by_row, "key_basis")
         return self.like(by_token, by_row)._smaller()
 
     @classmethod
@@ -194,14 +179,20 @@ class SvdSegment(CodedSegment):
         return segment
 
 
-def _with_positions(
-    by_token: Mapping[str, Tensor], by_row: Mapping[str, Tensor], positions: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Adds positions ``[n, L]``: the first of each row where the others follow without gaps, else those of all tokens."""
-    if bool((positions.diff(dim=1) == 1).all()):
-        return {**by_token}, {**by_row, "starts": positions[:, 0].to(torch.int32, copy=True)}
-    copies = torch.empty_like(positions, dtype=torch.int32, memory_format=torch.contiguous_format).copy_(positions)
-    return {**by_token, "positions": copies}, {**by_row}
+def _gaps(positions: Tensor) -> Tensor | None:
+    """How far tokens stand from their row's first, ``[n, L]`` (int32); None where there are no gaps between them."""
+    distances = positions.to(torch.int32) - positions[:, :1].to(torch.int32)
+    return None if _is_counting(distances) else distances
+
+
+def _is_counting(numbers: Tensor) -> bool:
+    """Whether the numbers ``[n, L]`` are 0, 1, 2 and so on."""
+    return bool((numbers == torch.arange(numbers.shape[1], device=numbers.device)).all())
+
+
+def _places(stored: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor:
+    """By what some keys are turned, ``[n, stop - start]`` or ``[stop - start]``: once for all rows, if nothing is stored."""
+    return torch.arange(start, stop, device=device) if stored is None else stored[:, start:stop]
 
 
 def _without(tensors: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
