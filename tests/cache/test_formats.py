@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
+from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError
 from pikv.cache.formats.channels import ChannelsFormat
 from pikv.cache.formats.int import IntFormat
 from pikv.cache.formats.svd import SvdFormat
-from pikv.cache.coding.rope import Rope
-from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.rows import RaggedRows
 from pikv.cache.sealing import Sealing
 
