@@ -116,7 +116,7 @@ def _evicts_alone(name: str) -> bool:
 
 def _best(frame: pd.DataFrame, belongs: Callable[[str], bool]) -> pd.Series | None:
     chosen = frame[[belongs(name) for name in frame["method"]]]
-    return None if chosen.empty else chosen.loc[chosen["accuracy"].idxmax()]
+    return None if chosen.empty else chosen.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
 
 
 def _figures(row: pd.Series) -> str:
