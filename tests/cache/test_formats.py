@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.formats.base import FORMATS, NotFiniteError
 from pikv.cache.formats.int import IntFormat
 from pikv.cache.formats.turbo import TurboFormat
-from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.rows import RaggedRows
 from pikv.cache.sealing import Sealing
 
