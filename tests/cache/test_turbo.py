@@ -163,7 +163,9 @@ def test_numbers_of_any_size_come_back(size):
 
 @pytest.mark.parametrize("params", [{}, {"softcap": 1.5}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (24, 16)])
-@pytest.mark.parametrize(("length", "num_new", "num_own"), [(1, 1, 0), (65, 3, 0), (65, 3, 3), (40, 40, 40), (4200, 5, 5)])
+@pytest.mark.parametrize(
+    ("length", "num_new", "num_own"), [(1, 1, 0), (65, 3, 0), (65, 3, 3), (40, 40, 40), (4200, 1, 0), (4200, 5, 5)]
+)
 def test_attention_before_turning_back_is_attention_over_what_is_decoded(length, num_new, num_own, dims, params):
     keys, values = (gaussian(2, length, dim, seed=seed) for seed, dim in enumerate(dims))
     segment = TurboFormat(key_bits=3, value_bits=2).encode(keys, values)

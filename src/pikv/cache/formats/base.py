@@ -14,7 +14,8 @@ from pikv.attention.params import AttentionParams
 from pikv.attention.partial import attend_part, merge_parts
 from pikv.registry import Registry
 
-_CHUNK_TOKENS = 4096  # that are decoded at a time
+CHUNK_TOKENS = 4096
+"""Tokens that are decoded at a time, at most."""
 _LARGEST = 1e38  # beyond, differences of two numbers overflow
 
 _Segment = TypeVar("_Segment", bound="type[Segment]")
@@ -157,11 +158,12 @@ def attend_in_chunks(
     read: Callable[[int, int], tuple[Tensor, Tensor]],
     params: AttentionParams,
     num_own: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """What ``Segment.attend`` gives back, for ``length`` tokens of which ``read`` decodes those from a start to a stop."""
     parts = []
-    for start in range(0, length, _CHUNK_TOKENS):
-        stop = min(start + _CHUNK_TOKENS, length)
+    for start in range(0, length, chunk_tokens):
+        stop = min(start + chunk_tokens, length)
         keys, values = read(start, stop)
         # A query that sees nothing of a chunk has a log-sum-exp of minus infinity there, and merging leaves it out.
         own_start = length - num_own - start if num_own else None

@@ -13,12 +13,13 @@ from pikv.attention.tiles import tile_elements, tiles
 from pikv.cache.coding.codebook import decoded, nearest, nearest_levels
 from pikv.cache.coding.packing import pack, unpack
 from pikv.cache.coding.rotation import rotate, rotate_back
-from pikv.cache.formats.base import attend_in_chunks, check_finite, register_format
+from pikv.cache.formats.base import CHUNK_TOKENS, attend_in_chunks, check_finite, register_format
 from pikv.cache.formats.coded import CodedSegment
 from pikv.checks import check_choice, check_count
 
 BITS = (4, 3, 2, 1)
 _TENSORS = 4  # of the size of a tile, that encoding holds at a time
+_DECODED = 1 << 18  # numbers that are decoded at a time for a few queries on a CPU: what its caches hold
 _STRETCHES = (0.86, 0.93, 1.0, 1.07, 1.14)
 
 
@@ -75,8 +76,17 @@ class TurboSegment(CodedSegment):
     ) -> tuple[Tensor, Tensor | None]:
         """Turns queries and output in the place of every key and value: a rotation leaves products as they are."""
         rotated = rotate(queries, self.settings.seed)
-        output, logsumexp = attend_in_chunks(rotated, self.length, self._rotated, params, num_own)
+        chunk_tokens = self._chunk_tokens(queries)
+        output, logsumexp = attend_in_chunks(rotated, self.length, self._rotated, params, num_own, chunk_tokens)
         return rotate_back(output, self.settings.seed).to(queries.dtype), logsumexp
+
+    def _chunk_tokens(self, queries: Tensor) -> int:
+        """How many tokens to decode at a time."""
+        if self.location.type != "cpu":
+            return CHUNK_TOKENS
+        # Each chunk has an output for every query: together they stay below a sixteenth of what is decoded.
+        least = 16 * queries.shape[1] * queries.shape[2]
+        return min(CHUNK_TOKENS, max(least, _DECODED // (self.num_rows * max(self.dims))))
 
     def _rotated(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Decoded keys and values (float32), still rotated."""
