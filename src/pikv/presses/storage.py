@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from pikv.cache.formats.base import Format
 from pikv.cache.sealing import Sealing
@@ -60,8 +60,6 @@ class StoragePress(BasePress):
         window_size: the newest tokens of a row, which stay dense
         skip_layers: layers of the model that stay dense
     """
-
-    made_of_settings: ClassVar[tuple[str, ...]] = (*BasePress.made_of_settings, "format")
 
     def __init__(self, *, num_sinks: int = 4, window_size: int = 64, skip_layers: Sequence[int] = ()) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Codes of rotated vectors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pikv.cache.formats.turbo import BITS, TurboFormat
 from pikv.checks import check_choice
@@ -31,6 +31,8 @@ class TurboQuantPress(StoragePress):
     Raises:
         ValueError: for other numbers of bits.
     """
+
+    made_of_settings: ClassVar[tuple[str, ...]] = (*StoragePress.made_of_settings, "format")
 
     def __init__(
         self,
