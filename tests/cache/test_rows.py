@@ -204,7 +204,7 @@ def test_sealed_tokens_are_shared_and_counted_as_what_they_take():
 
 
 def test_unknown_formats_are_refused():
-    with pytest.raises(ValueError, match="unknown format 'int3'; did you mean 'int'. available: "):
+    with pytest.raises(ValueError, match=r"unknown format 'int3'; did you mean 'int'\? available: "):
         full_rows(10).seal("int3")
 
 

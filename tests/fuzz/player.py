@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
 import tempfile
@@ -46,9 +47,13 @@ class Player(Passes):
             if self.truth.columns:
                 self.decode(Random(0), steps=1, padding=False, press=None)
             self.truth.compare(self.model)
-        hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in self.model.modules())
-        # A cache that carries a press may need them as long as it lives.
-        require(hooks == 0 or self.conversation.carries, f"{hooks} hooks were left on the model")
+        # A cache that carries a press may need them as long as it lives, also one of an earlier conversation on this model.
+        if self._num_hooks() and not self.conversation.carries:
+            gc.collect()
+            require(self._num_hooks() == 0, f"{self._num_hooks()} hooks were left on the model")
+
+    def _num_hooks(self) -> int:
+        return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in self.model.modules())
 
     def turn(
         self,

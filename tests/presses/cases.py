@@ -24,6 +24,7 @@ from pikv.presses import (
     ProtectedPress,
     PyramidKVPress,
     QFiltersPress,
+    QuantizedPress,
     RandomPress,
     SnapKVPress,
     StreamingLLMPress,
@@ -65,6 +66,14 @@ PRESSES = {
     "eplb+duo": lambda: ComposedPress(
         [MoERouterPress(0.35, router_type="eplb"), DuoAttentionPress(0.15, sink_size=2, recent_size=6)]
     ),
+}
+
+# Presses that store tokens in formats; with groups and windows that short texts reach.
+FORMATS = {
+    "int8": lambda: QuantizedPress(8, group_size=8, num_sinks=2, window_size=4),
+    "int4": lambda: QuantizedPress(4, group_size=8, num_sinks=2, window_size=4),
+    "int2": lambda: QuantizedPress(2, group_size=4, num_sinks=0, window_size=0, symmetric=True),
+    "int4-by-token": lambda: QuantizedPress(4, group_size=5, key_axis="token", value_bits=2, num_sinks=1, window_size=3),
 }
 
 every_press = pytest.mark.parametrize("press", [pytest.param(build, id=name) for name, build in PRESSES.items()])

@@ -173,6 +173,14 @@ def test_a_chunk_of_padding_alone(llama):
     assert kept == [3 * 4 * 10, 3 * 4 * 8]
 
 
+def test_a_sequence_that_is_shorter_than_the_last_chunks_begin(llama):
+    ids, mask = batch_of([40, 10])
+    cache = PiKVCache(llama.config)
+    pikv.prefill(llama, ids, cache, KVzipPress(0.5, prompt="", chunk_size=16, sink_size=0), attention_mask=mask)
+    kept = [sum(int(cache.lengths(layer)[b].sum()) for layer in range(3)) for b in range(2)]
+    assert kept == [3 * 4 * 20, 3 * 4 * 5]
+
+
 @pytest.mark.parametrize("last", [lambda: KVzipPress(budget=20), lambda: CAKEPress(budget=20, window_size=4)])
 def test_sharing_over_layers_after_a_stage_that_left_them_unequal(llama, last):
     cache = read(llama, ComposedPress([PyramidKVPress(0.5, window_size=4), last()]), PiKVCache(llama.config), 60)

@@ -1,13 +1,17 @@
 """Presses that change another one: which tokens survive, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
 
+from calibrated import RandomlyCalibrated
 from pikv import PiKVCache, prefill
 from pikv.presses import (
     AdaKVPress,
     BasePress,
     CAKEPress,
+    ChunkPress,
     ComposedPress,
     DuoAttentionPress,
     H2OPress,
@@ -20,6 +24,7 @@ from pikv.presses import (
     SnapKVPress,
     StreamingLLMPress,
 )
+from pikv.scoring.token_state import NestedStates
 from tiny import batch_of, build
 
 
@@ -233,3 +238,35 @@ def test_inner_and_outer_statistics(llama):
     assert stats["compression_ratio"] == stats["press"]["compression_ratio"] > 0.3
     press.reset_stats()
     assert inner.get_stats()["compression_count"] == 0
+
+
+def test_what_chunks_noted_in_an_interrupted_pass_is_taken_back(llama):
+    press, cache = (
+        ChunkPress(RandomlyCalibrated(0.4, router_type="pikv", recent_size=4), chunk_length=20),
+        PiKVCache(llama.config),
+    )
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def noted():
+        nested = [states for states in cache.state(0).values() if isinstance(states, NestedStates)]
+        return sorted(
+            int(state.positions.max()) for each in nested for state in each.inner_states() if hasattr(state, "positions")
+        )
+
+    def read(seed):
+        with press(llama), torch.no_grad():
+            llama(batch_of([30], seed)[0], past_key_values=cache)
+
+    read(seed=0)
+    before = noted()
+    assert before and max(before) < 30
+    hook = llama.model.layers[2].register_forward_pre_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        read(seed=1)
+    hook.remove()
+    cache.undo_interrupted()
+    assert noted() == before
+    read(seed=1)
+    assert max(noted()) >= 30

@@ -9,7 +9,7 @@ from pikv.presses.composed import ComposedPress
 from pikv.presses.moe import MoERouterPress
 from pikv.presses.none import NoCompressionPress
 from pikv.presses.registry import PRESSES, list_presses
-from pikv.presses.spec import get_press, parse_ratio, split_outside_brackets
+from pikv.presses.spec import get_press, number_of, parse_ratio, split_outside_brackets
 from pikv.routing.factory import default_top_k
 
 FULL = "none"
@@ -38,8 +38,8 @@ FULL_CACHE = Method(FULL, NoCompressionPress)
 def parse_methods(text: str, num_experts: int | None = None) -> list[Method]:
     """Reads a comma-separated list; the full cache comes first, whether it was named or not.
 
-    ``all`` stands for every press by name that works without a calibration of the model, with the same ratio, ``all:0.5`` for
-    them with another. ``num_experts`` is what routers get in place of their own default.
+    ``all`` stands for every press by name that works without a calibration of the model, with the same ratio if it has one,
+    ``all:0.5`` for them with another. ``num_experts`` is what routers get in place of their own default.
 
     Raises:
         ValueError: for an unknown press or an impossible ratio, where no method is named, and for ``num_experts`` where no
@@ -53,7 +53,7 @@ def parse_methods(text: str, num_experts: int | None = None) -> list[Method]:
         name, _, ratio = spec.partition(":")
         if name == "all":
             parse_ratio(ratio := ratio or RATIO_OF_ALL, spec)
-            specs += [f"{each}:{ratio}" for each in _all_presses()]
+            specs += [f"{each}:{ratio}" if number_of(each) == "compression_ratio" else each for each in _all_presses()]
         else:
             specs.append(spec)
     methods = [Method(spec) for spec in dict.fromkeys(specs)]

@@ -119,6 +119,8 @@ def _most_attention(call: AttentionCall, chunk_positions: Tensor, sink_size: int
 
 def _most_of_row(block: BlockView, row: int, keys: Tensor, places: Tensor, visible: Tensor) -> Tensor:
     """The most attention that any query pays the tokens of one row, ``[L]``."""
+    if not len(keys):  # of a sequence that was all padding so far
+        return torch.zeros(0, device=keys.device)
     is_token, num_own = block.is_token[row], int(block.is_token[row].sum())
     if block.params.is_plain and num_own and bool(visible.all()):
         most = _most_by_logsumexp(block.queries[row][:, is_token], keys, num_own, block.params.scaling)

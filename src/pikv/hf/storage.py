@@ -27,8 +27,8 @@ from pikv.registry import UnknownNameError
 from pikv.version import __version__
 
 FORMAT = "pikv-cache"
-VERSION = 2
-_READABLE = ("1", "2")
+VERSION = 3  # 3: segments of formats with settings; those of version 2 are as before
+_READABLE = ("1", "2", "3")
 _NUM_TRIES = 20
 _MALFORMED = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 """What is raised where contents are not what their checksum says they were written as."""

@@ -1,6 +1,7 @@
 """Every chunk of the context is compressed on its own (as in FINCH, arXiv 2408.00167)."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,11 @@ class _ChunkStates(NestedStates):
     """The running state of the scorer that was shown the chunks, by each chunk's first position."""
 
     by_chunk: dict[int, dict[Any, RowState]] = field(default_factory=dict)
+
+    def __copy__(self) -> "_ChunkStates":
+        """A state that stays as it is while scorers go on noting: what an interrupted pass is taken back to."""
+        copies = {start: {owner: copy(state) for owner, state in states.items()} for start, states in self.by_chunk.items()}
+        return _ChunkStates(seen=self.seen, by_chunk=copies)
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,7 @@
 """Whole numbers of a few bits, packed into bytes without a bit between them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -43,6 +45,26 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return codes
 
 
+def planes_of(packed: Tensor, bits: int) -> Iterator[Tensor]:
+    """The numbers of 1, 2, 4 or 8 bits in bytes ``[..., size]`` (uint8): the first of every byte, then the second, and so on.
+
+    Each is valid until the next.
+    """
+    if bits == 8:
+        yield packed
+        return
+    starts = (packed.shape[-1], packed.storage_offset(), *packed.stride()[:-1])
+    is_wide = packed.stride(-1) == 1 and not any(start % 8 for start in starts)
+    words = packed.view(torch.int64) if is_wide else packed  # eight bytes in one operation
+    mask = (2**bits - 1) * (0x0101010101010101 if is_wide else 1)
+    plane = torch.empty_like(words, memory_format=torch.contiguous_format)
+    for place in range(8 // bits):
+        if place:
+            torch.bitwise_right_shift(words, place * bits, out=plane)
+        torch.bitwise_and(plane if place else words, mask, out=plane)
+        yield plane.view(torch.uint8)
+
+
 def _plane_size(dim: int, width: int) -> int:
     return -(-dim * width // 8)
 
@@ -52,7 +74,7 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
         return codes
     per_byte, size = 8 // width, _plane_size(codes.shape[-1], width)
     parts = pad(codes, (0, size * per_byte - codes.shape[-1])).split(size, dim=-1)
-    packed = parts[0].clone()
+    packed: Tensor = parts[0].clone()
     for place, part in enumerate(parts[1:], start=1):
         packed |= part << (place * width)
     return packed
@@ -61,8 +83,5 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
 def _unpack_plane(packed: Tensor, width: int, dim: int) -> Tensor:
     if width == 8:
         return packed
-    parts = [packed & (2**width - 1)]
-    parts += [(packed >> (place * width)) & (2**width - 1) for place in range(1, 8 // width - 1)]
-    parts.append(packed >> (8 - width))
-    codes: Tensor = torch.cat(parts, dim=-1)[..., :dim]
+    codes: Tensor = torch.cat([plane.clone() for plane in planes_of(packed, width)], dim=-1)[..., :dim]
     return codes

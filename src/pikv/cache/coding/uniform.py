@@ -20,7 +20,7 @@ def quantize(numbers: Tensor, dim: int, bits: int, *, symmetric: bool = False) -
     numbers = numbers.float()
     lowest, highest = numbers.aminmax(dim=dim, keepdim=True)
     if symmetric:
-        most = 2 ** (bits - 1) - 1
+        most = most_of_symmetric(bits)
         scales = _rounded_up(torch.maximum(lowest.neg(), highest) / most)
         return _codes(numbers, scales, -most * scales, 2 * most), scales.to(torch.bfloat16), None
     lowest = -_rounded_up(-lowest)
@@ -31,8 +31,13 @@ def quantize(numbers: Tensor, dim: int, bits: int, *, symmetric: bool = False) -
 def dequantize(codes: Tensor, scales: Tensor, lowest: Tensor | None, bits: int) -> Tensor:
     """The levels that codes stand for (float32); scales and lowest levels are of a shape that broadcasts to them."""
     scales = scales.float()
-    floor = -(2 ** (bits - 1) - 1) * scales if lowest is None else lowest.float()
+    floor = -most_of_symmetric(bits) * scales if lowest is None else lowest.float()
     return codes.float().mul_(scales).add_(floor)
+
+
+def most_of_symmetric(bits: int) -> int:
+    """The number of levels on each side of zero, where they lie evenly around it."""
+    return int(2 ** (bits - 1)) - 1
 
 
 def _codes(numbers: Tensor, scales: Tensor, lowest: Tensor, most: int) -> Tensor:

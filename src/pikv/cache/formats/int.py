@@ -9,11 +9,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from pikv.attention.params import AttentionParams
 from pikv.attention.tiles import tiles
+from pikv.cache.coding.attend import MOST_QUERIES, PackedCodes, attend_codes
+from pikv.cache.coding.packing import pack, unpack
+from pikv.cache.coding.uniform import dequantize, most_of_symmetric, quantize
 from pikv.cache.formats.base import Segment, check_finite, register_format
 from pikv.cache.formats.coded import CodedSegment, take_tokens
-from pikv.cache.coding.packing import pack, unpack
-from pikv.cache.coding.uniform import dequantize, quantize
 from pikv.checks import check_count
 from pikv.indices import index_tensor
 
@@ -120,6 +122,24 @@ class IntSegment(CodedSegment):
         lowest = None if settings.symmetric else take_tokens(self.by_row["key_group_lowest"], groups)
         return dequantize(codes, scales, lowest, settings.key_bits), values
 
+    def attend(
+        self, queries: Tensor, params: AttentionParams, num_own: int = 0, *, needs_logsumexp: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        is_in_order = self.settings.key_axis == "channel" and "key_groups" not in self.by_token
+        if num_own or not is_in_order or queries.shape[1] * queries.shape[2] > MOST_QUERIES:
+            return super().attend(queries, params, num_own, needs_logsumexp=needs_logsumexp)
+        keys = self._packed("key_codes", "key_group", self.by_row, self.settings.key_bits, self.dims[0])
+        values = self._packed("value_codes", "value", self.by_token, self.settings.value_bits, self.dims[1])
+        size = self.settings.group_size
+        return attend_codes(queries, keys, values, params, size, min(size, self.dims[1]))
+
+    def _packed(self, codes: str, name: str, levels: Mapping[str, Tensor], bits: int, dim: int) -> PackedCodes:
+        scales = levels[f"{name}_scales"]
+        lowest = levels.get(f"{name}_lowest")
+        if lowest is None:
+            lowest = -most_of_symmetric(bits) * scales.float()
+        return PackedCodes(codes=self.by_token[codes], scales=scales, lowest=lowest, bits=bits, dim=dim)
+
     def _decode_by_token(self, name: str, start: int, stop: int, bits: int, dim: int) -> Tensor:
         codes = unpack(self.by_token[f"{name}_codes"][:, start:stop], bits, dim)
         size = self.settings.group_size
@@ -207,7 +227,8 @@ def _in_groups(numbers: Tensor, size: int) -> Tensor:
     size = min(size, numbers.shape[-1])
     if missing := -numbers.shape[-1] % size:
         numbers = torch.cat([numbers, numbers[..., -1:].expand(*numbers.shape[:-1], missing)], -1)
-    return numbers.unflatten(-1, (-1, size))
+    grouped: Tensor = numbers.unflatten(-1, (-1, size))
+    return grouped
 
 
 def _by_channel(scales: Tensor, size: int, dim: int) -> Tensor:
