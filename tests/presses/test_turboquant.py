@@ -93,8 +93,10 @@ def test_channels_with_large_numbers_spoil_codes_by_token_but_not_these(demo, sa
             channels[:, [3, 3 + attention.head_dim // 2]] *= factor
     count = len(sample.questions)
     assert num_right(model, tokenizer, sample, None)[0] == count
-    assert num_right(model, tokenizer, sample, "turbo:4")[0] >= count - 1
-    assert num_right(model, tokenizer, sample, QuantizedPress(4, key_axis="token"))[0] <= count / 4
+    with pytest.warns(UserWarning, match=r"TurboQuantPress\(\): on a probe text attention is off, in layer 0 by"):
+        assert num_right(model, tokenizer, sample, "turbo:4")[0] >= count - 1
+    by_token = QuantizedPress(4, key_axis="token", check=False)
+    assert num_right(model, tokenizer, sample, by_token)[0] <= count / 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "phi"])
