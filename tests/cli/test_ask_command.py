@@ -67,6 +67,11 @@ def test_text_from_standard_input(pikv):
     assert out == f"{FIRST.answer}\n"
 
 
+def test_questions_from_standard_input(pikv):
+    out, _ = pikv("ask", "text", "--questions-file", "-", typed=io.StringIO(f"\ufeff{FIRST.prompt}\n\n{SECOND.prompt}\n"))
+    assert out.split("\n") == [f"> {FIRST.prompt}", FIRST.answer, f"> {SECOND.prompt}", SECOND.answer, ""]
+
+
 def test_on_a_terminal_questions_are_typed(pikv):
     too_long = "red " * 32768
     out, said = pikv("ask", "text", typed=Terminal(f"{FIRST.prompt}\n{too_long}\n{SECOND.prompt}\n\n"))
@@ -98,6 +103,8 @@ def test_generate_continues_a_prompt(pikv):
         (["ask", "nowhere", "--question", "a"], "cannot read nowhere"),
         (["ask", "empty", "--question", "a"], "empty holds no text"),
         (["ask", "text", "--questions-file", "empty"], "empty has no questions"),
+        (["ask", "text", "--questions-file", "-"], "standard input has no questions"),
+        (["ask", "-", "--questions-file", "-"], "the text or the questions, not both"),
         (["ask", "text", "--question", "a", "--press", "snapvk:0.5"], "did you mean 'snapkv'?"),
         (["ask", "text", "--question", "a", "--save", "nowhere/cache"], "cannot write nowhere/cache"),
         (["ask", "text", "--question", "a", "--save", "empty"], "empty exists and is never overwritten"),

@@ -210,10 +210,14 @@ def test_bad_input_is_refused_before_anything_is_read(llama, monkeypatch):
     refused(limited, "the context has 64 tokens, the model 64 positions", context=f"{CONTEXT} w5 w5 w5 w5")
 
 
-def test_many_unknown_words_are_warned_of(llama, recwarn):
+def test_unknown_words_are_warned_of(llama, recwarn):
     ask(llama, "w5 w6")
     assert not recwarn.list
     with pytest.warns(UserWarning, match="does not know 2 of the 3 tokens of the question"):
         ask(llama, "who is w5")
-    with pytest.warns(UserWarning, match="does not know 60 of the 120 tokens of the context"):
+    with pytest.warns(UserWarning, match="does not know 2 of the 4 tokens of the questions: the model"):
+        ask(llama, ["who is w5", "w6"])
+    with pytest.warns(UserWarning, match="does not know 60 of the 120 tokens of the context: the model cannot tell them apart"):
         ask(llama, "w5", context=CONTEXT + " word" * 60)
+    with pytest.warns(UserWarning, match="does not know 1 of the 61 tokens of the context$"):
+        ask(llama, "w5", context=CONTEXT + " word")

@@ -26,6 +26,7 @@ from pikv.cli.options import (
     read_text,
 )
 from pikv.cli.progress import busy, load_libraries
+from pikv.tasks.text_file import check_read_once
 
 
 def ask_command(
@@ -37,7 +38,10 @@ def ask_command(
     ] = None,
     questions_file: Annotated[
         Path | None,
-        typer.Option(help="A file of questions, one a line or as JSON; expected answers, as pikv compare takes, are left out."),
+        typer.Option(
+            help="A file of questions, one a line or as JSON, - for standard input; expected answers, as pikv compare takes, "
+            "are left out."
+        ),
     ] = None,
     press: PressOption = "none",
     model: ModelOption = "demo",
@@ -69,7 +73,10 @@ def ask_command(
       pikv ask --cache report.cache --question "Who signed?" --model Qwen/Qwen3-0.6B
 
       cat report.txt | pikv ask - --questions-file questions.txt --chunk-size 1024
+
+      cat questions.txt | pikv ask report.txt --questions-file -
     """
+    check_read_once(file, questions_file)
     questions = _questions(question, questions_file)
     if file is None and cache is None:
         raise ValueError("name a text file to ask, or a cache with --cache")

@@ -35,6 +35,7 @@ from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
 from pikv.evaluation.trial import failures_explained, try_methods
 from pikv.generation.document import check_positions
+from pikv.tasks.text_file import check_read_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ class CompareConfig(EvaluationConfig):
             raise ValueError("a question of your own needs a context of your own (--context FILE)")
         if any(not question.strip() for question in self.questions):
             raise ValueError("the question is empty")
+        check_read_once(self.context, self.questions_file)
 
     def check(self) -> None:
         """Makes sure of all that needs no model: methods, and the files of the user's own text.
@@ -160,7 +162,7 @@ def prepare(
 
 
 def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Costs | None = None) -> Result:
-    """Measures quality, then time and memory, of every method; one that fails on the way is left out, and a note says why.
+    """Measures quality, then time and memory, of every method; a method that fails is left out, and a note says why.
 
     Where the user interrupts, the result has what was finished until then.
 

@@ -191,7 +191,7 @@ def _check_questions(
     for question, question_ids in zip(questions, asked, strict=True):
         if not question_ids:
             raise ValueError(f"the tokenizer makes no tokens of the question {question!r}")
-        warn_of_unknown(tokenizer, question_ids, "question")
+    warn_of_unknown(tokenizer, [token for each in asked for token in each], "question" if len(asked) == 1 else "questions")
     longest = max((len(question_ids) for question_ids in asked), default=len(continued))
     check_positions(model, num_context, longest, max_new_tokens)
     if ids and read_before is None:

@@ -109,6 +109,6 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
 
 
 def warn_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
-    """Warns where more than a tenth of the tokens are none that the tokenizer knows."""
+    """Warns where the tokenizer does not know all of the tokens."""
     if said := said_of_unknown(tokenizer, ids, what):
         warnings.warn(said, stacklevel=2)
