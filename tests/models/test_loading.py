@@ -38,6 +38,12 @@ def test_folders_without_a_readable_model(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_folder_without_a_tokenizer_says_how_to_save_one(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder has no tokenizer; save it there: tokenizer\.save_pretrained\("):
+        load_model(str(tmp_path))
+
+
 def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(tmp_path):
     BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 """One context, many questions: ``pikv.ask``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ def ask(
         ValueError: before anything is read, for an empty context or question, what exceeds the positions of the model, a cache
             of another context, options that ``generate`` does not know, and whatever the press or the chat template refuses.
     """
+    if not isinstance(questions, str | Iterable):
+        raise ValueError(f"questions must be a text or several, not {questions!r}")
     asked = [questions] if isinstance(questions, str) else list(questions)
     if not asked:
         raise ValueError("there is no question to answer")

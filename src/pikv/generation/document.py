@@ -13,8 +13,9 @@ from pikv.generation.prompt import PromptText, warn_of_unknown, write_prompt
 from pikv.generation.reading import read
 from pikv.generation.result import Answer, ContextStats
 from pikv.hf.cache import PiKVCache
+from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.shape import num_positions
-from pikv.hf.support import check_supported
+from pikv.hf.support import check_generates, check_supported
 from pikv.presses.base import BasePress
 from pikv.presses.none import NoCompressionPress
 
@@ -94,6 +95,7 @@ def open_document(
         ValueError: for whatever ``ask`` refuses.
     """
     check_supported(model)
+    check_generates(model)
     check_options(max_new_tokens, options or {})
     if chunk_size is not None:
         check_count(chunk_size, "chunk_size", 2)
@@ -101,7 +103,11 @@ def open_document(
     if context is None and not was_read:
         raise ValueError("give a context to read, or a cache that holds one")
     if context is not None and (not isinstance(context, str) or not context.strip()):
-        raise ValueError("the context is empty" if isinstance(context, str) else f"the context must be a text, not {context!r}")
+        raise ValueError(
+            "the context is empty"
+            if isinstance(context, str)
+            else f"the context must be a text, not a {type(context).__name__}"
+        )
     prompt = write_prompt(tokenizer, context or "", has_questions=can_be_asked, **template)
     ids = None if context is None else _cut(prompt.context_ids(tokenizer), max_context_tokens)
     continued = prompt.question_ids(tokenizer, "") if prompt.after else []
@@ -158,6 +164,10 @@ def _was_read(cache: Any, model: Any, press: BasePress) -> bool:
         )
     if cache.get_seq_length() == 0:
         return False
+    try:
+        check_same_model(model_signature(cache.config), model_signature(model.config))
+    except ValueError as error:
+        raise ValueError(f"the cache is of another model: {error}") from None
     rows = cache.rows(cache.ragged_layers[0])
     if rows.batch_size != 1:
         raise ValueError(f"the cache holds {rows.batch_size} sequences; select one: cache.select([0])")

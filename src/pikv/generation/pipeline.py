@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import Pipeline
 
+from pikv.checks import check_count
+
 # What reads and answers is imported when it is used: transformers imports this file with its pipelines.
 
 
@@ -54,17 +56,17 @@ class PiKVTextGenerationPipeline(Pipeline):
             raise ValueError("give a question or questions, not both")
         asking: dict[str, Any] = {}
         if question is not None:
-            asking = {"questions": [question]}
+            asking = {"questions": [_checked(question, "the question")]}
         elif questions is not None:
-            asking = {"questions": [questions] if isinstance(questions, str) else list(questions)}
+            several = [questions] if isinstance(questions, str) or not isinstance(questions, Iterable) else questions
+            asking = {"questions": [_checked(each, "a question") for each in several]}
         is_single = {"is_single": questions is None} if question is not None or questions is not None else {}
         return reading, {**arguments, **asking}, is_single
 
     def preprocess(self, context: str, max_context_length: int | None = None) -> dict[str, Any]:
-        if not isinstance(context, str):
-            raise ValueError(f"the context must be a text, not {context!r}")
-        if max_context_length is not None and max_context_length < 1:
-            raise ValueError(f"max_context_length must be at least 1, not {max_context_length!r}")
+        _checked(context, "the context")
+        if max_context_length is not None:
+            check_count(max_context_length, "max_context_length")
         return {"context": context, "max_context_length": max_context_length}
 
     def _forward(
@@ -85,6 +87,8 @@ class PiKVTextGenerationPipeline(Pipeline):
         from pikv.hf.cache import PiKVCache, is_empty_dynamic
         from pikv.presses.spec import as_press
 
+        if not isinstance(inputs["context"], str):
+            raise ValueError("contexts are read one after the other: leave batch_size out")
         press = as_press(press)
         if is_empty_dynamic(cache):
             PiKVCache.adopt(cache, self.model.config)
@@ -113,3 +117,9 @@ class PiKVTextGenerationPipeline(Pipeline):
 
     def postprocess(self, outputs: dict[str, list[str]], is_single: bool = True) -> dict[str, Any]:
         return {"answer": outputs["answers"][0]} if is_single else {"answers": outputs["answers"]}
+
+
+def _checked(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a text, not a {type(text).__name__}")
+    return text
