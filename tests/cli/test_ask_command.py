@@ -1,5 +1,6 @@
 """``pikv ask`` and ``pikv generate``, run within this process; how they end is in ``test_cli.py`` for all commands."""
 
+import errno
 import io
 import random
 import sys
@@ -92,6 +93,27 @@ def test_generate_continues_a_prompt(pikv):
     out, said = pikv("generate", "--file", "-", "--press", "streaming:0.5", "--temperature", "0.5", typed=io.StringIO(prompt))
     assert len(out.split()) == 3
     assert "% saved" in said
+
+
+def test_without_standard_input_a_question_is_missed(refused, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text(SAMPLE.context)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no question" in refused("ask", "text")
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_answer_that_cannot_be_printed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    monkeypatch.setattr(sys, "argv", ["pikv", "generate", SAMPLE.context, "--max-new-tokens", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot print: No space left on device"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def test_questions_and_contexts_from_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     with pytest.raises(ValueError, match="cannot read the context standard input: 'utf-8' codec"):
         read_context(Path("-"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="cannot read the questions standard input: it is closed"):
+        read_questions(Path("-"))
 
 
 def test_an_empty_context_is_refused(tmp_path):

@@ -19,7 +19,12 @@ def test_a_local_folder(tmp_path):
     ("name", "options", "message"),
     [
         ("./nowhere", {}, "cannot load|no config.json"),
-        ("no-such-organisation/no-such-model", {}, "cannot load model 'no-such-organisation/no-such-model'"),
+        ("nowhere/", {}, "no config.json"),
+        (
+            "no-such-organisation/no-such-model",
+            {},
+            "cannot load model 'no-such-organisation/no-such-model', which is no folder here: ",
+        ),
         ("demo", {"dtype": "int3"}, "unknown dtype 'int3'"),
         ("demo", {"device": "abacus"}, "cannot use device 'abacus'"),
         ("demo", {"device": "cuda:99"}, "cannot use device 'cuda:99'"),

@@ -80,7 +80,7 @@ def ask_command(
     questions = _questions(question, questions_file)
     if file is None and cache is None:
         raise ValueError("name a text file to ask, or a cache with --cache")
-    can_type = file != "-" and sys.stdin.isatty()
+    can_type = file != "-" and sys.stdin is not None and sys.stdin.isatty()
     if not questions and save is None and not can_type:
         raise ValueError(
             "there is no question: give --question or --questions-file, or --save to ask later; on a terminal you are asked "

@@ -112,7 +112,7 @@ def _tokens(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> l
         text.encode()
     except UnicodeEncodeError as error:  # tokenizers call this an input of the wrong type
         wrong = ascii(text[error.start : error.end])
-        raise ValueError(f"the text holds {wrong}, which is no character: it was not UTF-8 where it comes from") from None
+        raise ValueError(f"the text holds {wrong}, which is no character: it was not read as UTF-8") from None
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     return ids
 

@@ -60,7 +60,7 @@ def _set_attention(model: Any, attn_implementation: str) -> None:
 def _load_pretrained(name: str, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    is_local = Path(name).exists() or name.startswith((".", "/", "~"))
+    is_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith("/")
     if is_local and not (Path(name) / "config.json").is_file():
         raise ValueError(f"cannot read a model from {name}: there is no config.json")
     try:
@@ -71,7 +71,8 @@ def _load_pretrained(name: str, dtype: torch.dtype, attn_implementation: str | N
             check_supported(AutoModelForCausalLM.from_config(config))
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # whatever is wrong with foreign files, the user gets one line
-        raise ValueError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        place = "" if is_local else ", which is no folder here"
+        raise ValueError(f"cannot load model {name!r}{place}: {_first_line(error)}") from error
     return model, tokenizer
 
 

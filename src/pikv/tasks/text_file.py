@@ -16,6 +16,8 @@ def read_text_file(path: str | Path, what: str = "") -> str:
     """
     try:
         if str(path) == STANDARD_INPUT:
+            if sys.stdin is None:
+                raise OSError("it is closed")
             return sys.stdin.read().removeprefix("\ufeff")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
