@@ -101,6 +101,17 @@ def test_without_standard_input_a_question_is_missed(refused, tmp_path, monkeypa
     assert "there is no question" in refused("ask", "text")
 
 
+@pytest.mark.parametrize("arguments", [["ask", "text", "--question", "a"], ["generate", SAMPLE.context]])
+def test_what_a_press_of_ones_own_raises_is_one_line(refused, tmp_path, arguments):
+    (tmp_path / "text").write_text(SAMPLE.context)
+    (tmp_path / "own.py").write_text(
+        "from pikv.presses import ScorerPress\n\n\nclass Mine(ScorerPress):\n"
+        "    def score(self, view):\n        return view.kyes\n"
+    )
+    said = refused(*arguments, "--press", "own.py:Mine:0.5")
+    assert said.startswith("error: own.py:Mine:0.5: AttributeError in own.py:6: ")
+
+
 class FullDisk(io.StringIO):
     def write(self, text):
         raise OSError(errno.ENOSPC, "No space left on device")

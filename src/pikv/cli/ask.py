@@ -95,12 +95,14 @@ def ask_command(
 
     from pikv.generation.document import open_document
     from pikv.hf.cache import PiKVCache
+    from pikv.presses.own_failures import failures_explained
     from pikv.presses.spec import as_press
 
     chosen = as_press(press)
     options = sampling(temperature)
     loaded, tokenizer = load_seeded(model, device, dtype, attn_implementation, calibration, seed)
-    with busy(f"reading {cache if file is None else 'standard input' if file == '-' else file}"):
+    what = cache if file is None else "standard input" if file == "-" else file
+    with busy(f"reading {what}"), failures_explained(press):
         document = open_document(
             loaded,
             tokenizer,
@@ -123,7 +125,9 @@ def ask_command(
         if len(questions) > 1:
             print(f"> {asked}")
         try:
-            seconds += document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options).seconds
+            with failures_explained(press):
+                answer = document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options)
+            seconds += answer.seconds
         except (KeyboardInterrupt, ValueError) as error:
             if questions:
                 raise

@@ -33,8 +33,9 @@ from pikv.evaluation.router_calibration import Keep, calibrate_for, waits_for_tr
 from pikv.evaluation.runner import run_plan, what_is_missing
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
-from pikv.evaluation.trial import failures_explained, try_methods
+from pikv.evaluation.trial import try_methods
 from pikv.generation.document import check_positions
+from pikv.presses.own_failures import failures_explained
 from pikv.tasks.text_file import check_read_once
 
 
@@ -194,7 +195,7 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
 def _check_methods(model: Any, methods: Sequence[Method], token_ids: Sequence[int]) -> None:
     """Binds methods to the model, and lets each read a few tokens."""
     for method in methods:
-        with failures_explained(method):
+        with failures_explained(method.name):
             method.press().bind(model)
     try_methods(model, methods, token_ids)
 
