@@ -1,5 +1,7 @@
 """One context, many questions, each answered as if it were the only one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -171,6 +173,18 @@ def test_presses_that_act_while_decoding_do_so_for_each_answer(llama, make, befo
     assert found.answers == ask(llama, QUESTIONS[1::-1], make()).answers[::-1]
 
 
+def test_threads_that_ask_one_cache_get_the_answers_of_one_thread(llama):
+    read = ask(llama, QUESTIONS, "keydiff:0.5")
+
+    def asked_again(question):
+        return ask(llama, question, context=None, cache=read.cache).answers[0]
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(asked_again, QUESTIONS * 4)) == read.answers * 4
+    assert read.cache.get_seq_length() == 60
+    read.cache.check_integrity()
+
+
 def refused(model, message, questions="w5", context=CONTEXT, tokenizer=TOKENIZER, **options):
     with pytest.raises(ValueError, match=message):
         pikv.ask(model, tokenizer, context, questions, **{"max_new_tokens": 4, **options})
@@ -213,6 +227,9 @@ def test_bad_input_is_refused_before_anything_is_read(llama, monkeypatch):
     refused(llama, "must be a PiKVCache", cache="file")
     refused(build("llama", torch.bfloat16), "the model is torch.bfloat16", cache=read)
     refused(limited, "the cache is of another model: made for llama, this model is gpt2", cache=read)
+    refused(limited, "the cache is of another model", cache=PiKVCache(llama.config))
+    small = build("llama", vocab_size=50)
+    refused(small, "the tokenizer is of another model: it makes token [0-9]+, the model has 50 tokens")
     refused(limited, "a question of 1 and 4 new tokens exceed the 64 positions")
     refused(limited, "the context has 64 tokens, the model 64 positions", context=f"{CONTEXT} w5 w5 w5 w5")
 

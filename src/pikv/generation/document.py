@@ -162,12 +162,12 @@ def _was_read(cache: Any, model: Any, press: BasePress) -> bool:
             f"this cache carries {cache.press!r}, which would compress questions and answers, too: give press= in its place, "
             "or let go of it with cache.press = None"
         )
-    if cache.get_seq_length() == 0:
-        return False
     try:
         check_same_model(model_signature(cache.config), model_signature(model.config))
     except ValueError as error:
         raise ValueError(f"the cache is of another model: {error}") from None
+    if cache.get_seq_length() == 0:
+        return False
     rows = cache.rows(cache.ragged_layers[0])
     if rows.batch_size != 1:
         raise ValueError(f"the cache holds {rows.batch_size} sequences; select one: cache.select([0])")
@@ -201,11 +201,19 @@ def _check_questions(
     for question, question_ids in zip(questions, asked, strict=True):
         if not question_ids:
             raise ValueError(f"the tokenizer makes no tokens of the question {question!r}")
-    warn_of_unknown(tokenizer, [token for each in asked for token in each], "question" if len(asked) == 1 else "questions")
+    question_tokens = [token for each in asked for token in each]
+    _check_vocabulary(model, [*(ids or ()), *continued, *question_tokens])
+    warn_of_unknown(tokenizer, question_tokens, "question" if len(asked) == 1 else "questions")
     longest = max((len(question_ids) for question_ids in asked), default=len(continued))
     check_positions(model, num_context, longest, max_new_tokens)
     if ids and read_before is None:
         warn_of_unknown(tokenizer, ids, "context")
+
+
+def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size and ids and max(ids) >= size:
+        raise ValueError(f"the tokenizer is of another model: it makes token {max(ids)}, the model has {size} tokens")
 
 
 def _stats(cache: PiKVCache, seconds: float) -> ContextStats:

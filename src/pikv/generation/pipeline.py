@@ -84,6 +84,7 @@ class PiKVTextGenerationPipeline(Pipeline):
         **options: Any,
     ) -> dict[str, list[str]]:
         from pikv.generation.document import open_document
+        from pikv.generation.turns import turn
         from pikv.hf.cache import PiKVCache, is_empty_dynamic
         from pikv.presses.spec import as_press
 
@@ -95,24 +96,25 @@ class PiKVTextGenerationPipeline(Pipeline):
         asked = [question for question in questions if question]
         if asked and len(asked) < len(questions):
             raise ValueError("a question is empty")
-        document = open_document(
-            self.model,
-            self.tokenizer,
-            inputs["context"],
-            press,
-            questions=asked,
-            cache=cache,
-            chunk_size=chunk_size,
-            max_new_tokens=max_new_tokens,
-            max_context_tokens=inputs["max_context_length"],
-            options=options,
-            can_be_asked=bool(asked),
-            chat_template=chat_template,
-            system=system,
-            enable_thinking=enable_thinking,
-            answer_prefix=answer_prefix or "",
-        )
-        answers = [document.ask(each, max_new_tokens=max_new_tokens, options=options) for each in questions or [""]]
+        with turn(cache):
+            document = open_document(
+                self.model,
+                self.tokenizer,
+                inputs["context"],
+                press,
+                questions=asked,
+                cache=cache,
+                chunk_size=chunk_size,
+                max_new_tokens=max_new_tokens,
+                max_context_tokens=inputs["max_context_length"],
+                options=options,
+                can_be_asked=bool(asked),
+                chat_template=chat_template,
+                system=system,
+                enable_thinking=enable_thinking,
+                answer_prefix=answer_prefix or "",
+            )
+            answers = [document.ask(each, max_new_tokens=max_new_tokens, options=options) for each in questions or [""]]
         return {"answers": [answer.text for answer in answers]}
 
     def postprocess(self, outputs: dict[str, list[str]], is_single: bool = True) -> dict[str, Any]:
