@@ -26,7 +26,8 @@ EVERY_FORMAT = {
     "int2": IntFormat(key_bits=2, value_bits=2),
     "int4 keys, int2 values": IntFormat(value_bits=2, group_size=16),
     "int4, symmetric": IntFormat(symmetric=True),
-    "int4, keys by token": IntFormat(key_axis="token"),
+    "int4, lengths kept": IntFormat(group_size=32, keep_lengths=True),
+    "int4, keys by token": IntFormat(key_axis="token", channel_group_size=10),
     "int8, symmetric keys by token": IntFormat(key_bits=8, value_bits=8, key_axis="token", symmetric=True),
     "svd": SvdFormat(rank=6),
     "svd by energy": SvdFormat(energy=0.8, value_rank=4),
@@ -166,7 +167,7 @@ def test_attention_is_attention_over_what_is_decoded(format, length, num_new, so
 def test_no_number_is_off_by_more_than_half_a_level(bits, symmetric):
     keys, values = random_tokens(2, 130)
     keys[:, :, 3] += 100  # a channel far from zero
-    format = IntFormat(key_bits=bits, value_bits=bits, symmetric=symmetric)
+    format = IntFormat(key_bits=bits, value_bits=bits, symmetric=symmetric, keep_lengths=False)
     segment = encode(format, keys, values)
     found_keys, found_values = segment.dense()
     scales = segment.by_row["key_group_scales"].float().repeat_interleave(64, 1)[:, :130]

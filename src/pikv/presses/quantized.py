@@ -24,7 +24,7 @@ class QuantizedPress(StoragePress):
         bits: 8, 4 or 2, of keys and values
         key_bits: of keys, in the place of ``bits``
         value_bits: of values, in the place of ``bits``
-        group_size: tokens whose keys share the scale of a channel; also channels whose values share that of a token
+        group_size: tokens whose keys share the scale of a channel: 64, or 32 with two bits, if nothing is said
         key_axis: "token" gives keys scales as values have them; channels with large numbers then spoil the others
         symmetric: whether levels lie evenly around zero, without a lowest level of each group
         num_sinks, window_size, skip_layers, check: see ``StoragePress``
@@ -36,7 +36,7 @@ class QuantizedPress(StoragePress):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
-        group_size: int = 64,
+        group_size: int | None = None,
         key_axis: Literal["channel", "token"] = "channel",
         symmetric: bool = False,
         num_sinks: int = 4,
@@ -45,10 +45,11 @@ class QuantizedPress(StoragePress):
         check: bool = True,
     ) -> None:
         super().__init__(num_sinks=num_sinks, window_size=window_size, skip_layers=skip_layers, check=check)
+        key_bits = bits if key_bits is None else key_bits
         self.format = IntFormat(
-            key_bits=bits if key_bits is None else key_bits,
+            key_bits=key_bits,
             value_bits=bits if value_bits is None else value_bits,
-            group_size=group_size,
+            group_size=(32 if key_bits == 2 else 64) if group_size is None else group_size,
             key_axis=key_axis,
             symmetric=symmetric,
         )

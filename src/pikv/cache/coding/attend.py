@@ -46,17 +46,26 @@ class PackedCodes:
 
 
 def attend_codes(
-    queries: Tensor, keys: PackedCodes, values: PackedCodes, params: AttentionParams, token_group: int, channel_group: int
+    queries: Tensor,
+    keys: PackedCodes,
+    values: PackedCodes,
+    params: AttentionParams,
+    key_factors: Tensor | None,
+    groups: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Attends from queries ``[n, H / G, t, D]`` to all tokens; sinks are left out.
 
-    ``token_group`` tokens share a key scale of each channel, ``channel_group`` channels a value scale of each token.
+    ``key_factors`` ``[n, L]`` scale whole keys. ``groups`` says how many tokens share a key scale of each channel, and how many
+    channels a value scale of each token.
 
     Returns:
         the output ``[n, H / G, t, Dv]``, and its log-sum-exp ``[n, H / G, t]`` (float32)
     """
+    token_group, channel_group = groups
     asked = queries.flatten(1, 2).float() * params.scaling
     logits = torch.cat([_logits(asked, keys, token_group, *span) for span in _spans(keys, token_group)], dim=2)
+    if key_factors is not None:
+        logits *= key_factors.unsqueeze(1).float()
     if params.softcap is not None:
         logits = (logits / params.softcap).tanh_() * params.softcap
     logsumexp = logits.logsumexp(-1)

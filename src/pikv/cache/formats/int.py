@@ -31,25 +31,35 @@ class IntFormat:
     Attributes:
         key_bits: 8, 4 or 2
         value_bits: 8, 4 or 2
-        group_size: tokens whose keys share the scale of a channel; also channels whose values share that of a token
+        group_size: tokens whose keys share the scale of a channel
+        channel_group_size: channels that share the scale of a token
         key_axis: "channel" gives every key channel scales of its own, as channels with large numbers need; "token" gives every
             key scales of its own, in groups of channels, as values have
         symmetric: whether levels lie evenly around zero, with a scale alone, in the place of a scale and the lowest level
+        keep_lengths: whether every key has a factor of its own, which gives it the length back that rounding changed; None:
+            with two bits, where attention would otherwise go astray
     """
 
     key_bits: int = 4
     value_bits: int = 4
     group_size: int = 64
+    channel_group_size: int = 64
     key_axis: Literal["channel", "token"] = "channel"
     symmetric: bool = False
+    keep_lengths: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, BITS))}, not {getattr(self, name)!r}")
         check_count(self.group_size, "group_size")
+        check_count(self.channel_group_size, "channel_group_size")
         if self.key_axis not in ("channel", "token"):
             raise ValueError(f"key_axis must be 'channel' or 'token', not {self.key_axis!r}")
+
+    @property
+    def keeps_lengths(self) -> bool:
+        return self.key_bits == 2 if self.keep_lengths is None else self.keep_lengths
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> IntSegment:
         check_finite(keys, values)
@@ -60,7 +70,12 @@ class IntFormat:
             for name, tensor in parts[0].items()
         }
         by_row = {name: stored.pop(name) for name in list(stored) if name in IntSegment.row_names}
-        return IntSegment(self, stored, by_row, (keys.shape[-1], values.shape[-1]), keys.dtype)
+        segment = IntSegment(self, stored, by_row, (keys.shape[-1], values.shape[-1]), keys.dtype)
+        if self.keeps_lengths:
+            segment.by_token["key_factors"] = torch.cat(
+                [segment.factors_for(keys, tile.start, tile.stop) for tile in tiles(keys.shape[1], size)], 1
+            )
+        return segment
 
     def _encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         stored = self._by_token("value", values, self.value_bits)
@@ -83,7 +98,7 @@ class IntFormat:
 
     def _by_token(self, name: str, numbers: Tensor, bits: int) -> dict[str, Tensor]:
         """Groups of channels of each token."""
-        codes, scales, lowest = quantize(_in_groups(numbers, self.group_size), 3, bits, symmetric=self.symmetric)
+        codes, scales, lowest = quantize(_in_groups(numbers, self.channel_group_size), 3, bits, symmetric=self.symmetric)
         codes = codes.flatten(2)[..., : numbers.shape[-1]]
         stored = {f"{name}_codes": pack(codes, bits), f"{name}_scales": scales.squeeze(3)}
         return stored if lowest is None else stored | {f"{name}_lowest": lowest.squeeze(3)}
@@ -112,15 +127,26 @@ class IntSegment(CodedSegment):
         return self.by_row["key_group_scales"].shape[1]
 
     def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        settings, (dim, value_dim) = self.settings, self.dims
-        values = self._decode_by_token("value", start, stop, settings.value_bits, value_dim)
+        keys = self._decode_keys(start, stop)
+        if (factors := self.by_token.get("key_factors")) is not None:
+            keys *= factors[:, start:stop].unsqueeze(2).float()
+        return keys, self._decode_by_token("value", start, stop, self.settings.value_bits, self.dims[1])
+
+    def factors_for(self, keys: Tensor, start: int, stop: int) -> Tensor:
+        """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``."""
+        found, wanted = (each.float().norm(dim=2) for each in (self._decode_keys(start, stop), keys[:, start:stop]))
+        return torch.where(found > 0, wanted / found, 1.0).to(torch.bfloat16)
+
+    def _decode_keys(self, start: int, stop: int) -> Tensor:
+        """Keys without their factors (float32)."""
+        settings, dim = self.settings, self.dims[0]
         if settings.key_axis == "token":
-            return self._decode_by_token("key", start, stop, settings.key_bits, dim), values
+            return self._decode_by_token("key", start, stop, settings.key_bits, dim)
         codes = unpack(self.by_token["key_codes"][:, start:stop], settings.key_bits, dim)
         groups = self._groups(start, stop)
         scales = take_tokens(self.by_row["key_group_scales"], groups)
         lowest = None if settings.symmetric else take_tokens(self.by_row["key_group_lowest"], groups)
-        return dequantize(codes, scales, lowest, settings.key_bits), values
+        return dequantize(codes, scales, lowest, settings.key_bits)
 
     def attend(
         self, queries: Tensor, params: AttentionParams, num_own: int = 0, *, needs_logsumexp: bool = True
@@ -130,8 +156,8 @@ class IntSegment(CodedSegment):
             return super().attend(queries, params, num_own, needs_logsumexp=needs_logsumexp)
         keys = self._packed("key_codes", "key_group", self.by_row, self.settings.key_bits, self.dims[0])
         values = self._packed("value_codes", "value", self.by_token, self.settings.value_bits, self.dims[1])
-        size = self.settings.group_size
-        return attend_codes(queries, keys, values, params, size, min(size, self.dims[1]))
+        groups = self.settings.group_size, min(self.settings.channel_group_size, self.dims[1])
+        return attend_codes(queries, keys, values, params, self.by_token.get("key_factors"), groups)
 
     def _packed(self, codes: str, name: str, levels: Mapping[str, Tensor], bits: int, dim: int) -> PackedCodes:
         scales = levels[f"{name}_scales"]
@@ -142,7 +168,7 @@ class IntSegment(CodedSegment):
 
     def _decode_by_token(self, name: str, start: int, stop: int, bits: int, dim: int) -> Tensor:
         codes = unpack(self.by_token[f"{name}_codes"][:, start:stop], bits, dim)
-        size = self.settings.group_size
+        size = self.settings.channel_group_size
         scales, lowest = (self.by_token.get(f"{name}_{each}") for each in ("scales", "lowest"))
         assert scales is not None
         scales = _by_channel(scales[:, start:stop], size, dim)
