@@ -9,8 +9,8 @@ from torch import Tensor
 from pikv.cache.sealing import Sealing
 
 Rewriting = Callable[[Sequence[int], Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
-"""Gets row numbers ``[n]``, keys ``[n, l, D]`` and values of some of these rows' tokens, and the tokens' numbers ``[l]``; returns
-new keys and new values, None for such as stay."""
+"""Gets row numbers ``[n]``, keys ``[n, l, D]`` and values of some of these rows' tokens, and the tokens' numbers ``[l]``;
+returns new keys and new values, None for such as stay."""
 
 
 class Change(Protocol):

@@ -70,14 +70,14 @@ class Merger:
 
 
 def _groups(view: LayerView, kept: Kept) -> Iterator[tuple[BlockView, Tensor]]:
-    """Views of rows that held, and keep, equally many tokens, without rows that keep all, each with what is kept ``[n, k]``.
+    """Views of rows that held, and keep, equally many tokens, each with what is kept ``[n, k]``; none of rows that keep all.
 
     So few rows at a time that what is made on the way stays within working memory.
     """
     for block in view.kept.blocks:
         by_count: dict[int, list[int]] = {}
         for member, row in enumerate(block.row_ids):
-            if len(kept[row]) < block.length:
+            if 0 < len(kept[row]) < block.length:
                 by_count.setdefault(len(kept[row]), []).append(member)
         for members in by_count.values():
             some = block if len(members) == len(block.row_ids) else _some_of(block, members)
@@ -92,9 +92,8 @@ def _some_of(block: TokenBlock, members: Sequence[int]) -> TokenBlock:
         keys, values = block.load()
         return keys[list(members)], values[list(members)]
 
-    return TokenBlock(
-        row_ids=[block.row_ids[member] for member in members], positions=block.positions[list(members)], load=load
-    )
+    row_ids = [block.row_ids[member] for member in members]
+    return TokenBlock(row_ids=row_ids, positions=block.positions[list(members)], load=load)
 
 
 def _others(kept: Tensor, length: int) -> Tensor:

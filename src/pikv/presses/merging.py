@@ -29,12 +29,12 @@ _SETTINGS = {"cam": ("merge_budget", "seed"), "d2o": ("beta",)}
     paper="2406.13035",
     wraps="h2o",
     options={"method": "d2o"},
-    description="Averages tokens that another press evicts with the kept ones whose keys are most like theirs (D2O, arXiv 2406.13035).",
+    description="Averages what another press evicts with what it keeps, by likeness of keys (D2O, arXiv 2406.13035).",
 )
 class MergingPress(WrapperPress, MergeCounter):
     """Folds the tokens that another press evicts into those that it keeps.
 
-    Which ones are kept is that press's choice. What happens to the others is said by the ``method``: ``"cam"`` (see ``CaMRule``)
+    Which ones are kept is that press's choice. The ``method`` says what happens to the others: ``"cam"`` (see ``CaMRule``)
     changes values, ``"d2o"`` (see ``D2ORule``) keys and values. ``get_stats()`` says how many were merged, ``num_merged``, by
     layer and in all. Tokens that lie in a format and change are brought into it anew. What a layer held before a later turn is
     copied, and the copy held until the turn was read. The thresholds of D2O begin anew with a cache that comes from a file.
@@ -68,11 +68,10 @@ class MergingPress(WrapperPress, MergeCounter):
     def _check_settings(self) -> None:
         """Raises ValueError for a setting that the method does not have."""
         given = {"merge_budget": (self.merge_budget, 32), "seed": (self.seed, 0), "beta": (self.beta, 0.7)}
+        own = _SETTINGS[self.method]
         for name, (value, default) in given.items():
-            if value != default and name not in _SETTINGS[self.method]:
-                raise ValueError(
-                    f"{name} is no setting of the method {self.method!r}; it has: {', '.join(_SETTINGS[self.method])}"
-                )
+            if value != default and name not in own:
+                raise ValueError(f"{name} is no setting of the method {self.method!r}, which has: {', '.join(own)}")
 
     def _rule(self) -> MergeRule:
         return CaMRule(self.merge_budget, self.seed) if self.method == "cam" else D2ORule(self.beta)
