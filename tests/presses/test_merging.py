@@ -297,7 +297,7 @@ def test_attention_reads_what_was_merged_and_stored(llama, rule, monkeypatch):
         [MergingPress(SnapKVPress(0.5, window_size=6), **rule), QuantizedPress(4, group_size=8, num_sinks=2, window_size=4)]
     )
     turns = [batch_of([50, 33]), batch_of([20, 26], seed=1)]
-    *_, cache = run_turns(llama, press, turns, steps=4, chunk_size=20, decode_under_press=True)
+    run_turns(llama, press, turns, steps=4, chunk_size=20, decode_under_press=True)
     assert sum(map(bool, compared)) > len(compared) / 2
 
 
