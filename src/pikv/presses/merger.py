@@ -106,13 +106,16 @@ def _rewritten(
     merged: MergedRows, row_ids: Sequence[int], keys: Tensor, values: Tensor, numbers: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to write for some tokens of rows: None where none of them changed."""
-    new_keys, new_values = [], []
-    for row, its_keys, its_values in zip(row_ids, keys, values, strict=True):
-        own_keys, own_values = merged.get(row, (None, None))
-        new_keys.append(its_keys if own_keys is None else own_keys.to(keys.device)[numbers])
-        new_values.append(its_values if own_values is None else own_values.to(values.device)[numbers])
-    return _changed(torch.stack(new_keys), keys), _changed(torch.stack(new_values), values)
+    of_rows = [merged.get(row, (None, None)) for row in row_ids]
+    return _changed(keys, [own for own, _ in of_rows], numbers), _changed(values, [own for _, own in of_rows], numbers)
 
 
-def _changed(new: Tensor, old: Tensor) -> Tensor | None:
-    return None if torch.equal(new, old) else new
+def _changed(tokens: Tensor, of_rows: Sequence[Tensor | None], numbers: Tensor) -> Tensor | None:
+    """Tokens ``[n, l, D]`` with those of the given ``numbers`` ``[l]`` in the rows that have others; None for no difference."""
+    if all(own is None for own in of_rows):
+        return None
+    new = tokens.clone()
+    for member, own in enumerate(of_rows):
+        if own is not None:
+            new[member] = own[numbers.to(own.device)]
+    return None if torch.equal(new, tokens) else new
