@@ -1,10 +1,9 @@
 """Merging against slow references of the published rules: plain loops over single tokens."""
 
-import math
-
 import pytest
 import torch
 from cases import PRESSES
+from merge_reference import cam_reference, d2o_reference
 
 from formats import FormatPress
 from oracle import run_turns
@@ -30,7 +29,6 @@ from pikv.presses import (
     get_press,
 )
 from pikv.presses.merger import Merger
-from pikv.scoring.draws import draws
 from tiny import batch_of, build
 
 RULES = {
@@ -41,66 +39,6 @@ RULES = {
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 each_method = pytest.mark.parametrize("rule", [RULES["cam"], RULES["d2o"]], ids=["cam", "d2o"])
 OVER_LAYERS = {"cake", "kvzip"}  # share out over layers
-
-
-def masses(view, row, keys):
-    """What the queries of one row's heads paid each of its tokens, ``[L]``; one query and one head at a time."""
-    b, g = divmod(row, view.kept.shape[1])
-    group, params = view.group_size, view.params
-    positions = view.kept.positions[b, g, : len(keys)]
-    total = torch.zeros(len(keys))
-    for head in range(g * group, (g + 1) * group):
-        for column, position in enumerate(view.query_positions[b].tolist()):
-            if position < 0:
-                continue
-            logits = keys @ view.queries[b, head, column] * params.scaling
-            if params.softcap is not None:
-                logits = params.softcap * (logits / params.softcap).tanh()
-            logits = logits.masked_fill(positions > position, float("-inf"))
-            if params.sinks is not None:
-                logits = torch.cat([logits, params.sinks[head : head + 1]])
-            total += logits.softmax(0)[: len(keys)]
-    return total / group
-
-
-def cam_reference(rule, view, row, keys, values, kept):
-    """CaM: a value goes in equal parts to the next kept tokens, by the ratio of its mass to theirs."""
-    merged, count = values.clone(), 0
-    g, mass = row % view.kept.shape[1], masses(view, row, keys)
-    position = view.kept.positions.flatten(0, 1)[row].long()
-    for i in sorted(set(range(len(keys))) - set(kept)):
-        takers = [j for j in kept if j > i][: rule.merge_budget]
-        if not takers:
-            continue
-        share = min(1.0, float(mass[i] / mass[takers].mean()))
-        if rule.seed is not None:
-            counters = (torch.tensor([each]) for each in (view.layer_idx, g, int(position[i]), 1))
-            share = float(draws(rule.seed, *counters)) < share
-        count += share > 0
-        for j in takers:
-            merged[j] += share * values[i] / len(takers)
-    return keys[kept], merged[kept], count
-
-
-def d2o_reference(rule, thresholds, place, keys, values, kept):
-    """D2O: a token goes to the kept one with the most similar key, if it is similar enough."""
-    groups, best = {j: [] for j in kept}, {}
-    for i in sorted(set(range(len(keys))) - set(kept)):
-        cosines = {j: float(torch.cosine_similarity(keys[i], keys[j], dim=0)) for j in kept}
-        nearest = max(cosines, key=cosines.get)
-        best[i] = (nearest, cosines[nearest])
-    mean = sum(cosine for _, cosine in best.values()) / len(best)
-    thresholds[place] = rule.beta * mean + (1 - rule.beta) * thresholds[place] if place in thresholds else mean
-    for i, (nearest, cosine) in best.items():
-        # a hair of room where two ways of adding up differ; a lone token is its own mean
-        if cosine >= thresholds[place] - (1e-6 if len(best) == 1 else 0):
-            groups[nearest].append((i, math.exp(cosine)))
-    new_keys, new_values = [], []
-    for j, others in groups.items():
-        norm = math.e + sum(weight for _, weight in others)
-        for tokens, new in ((keys, new_keys), (values, new_values)):
-            new.append((math.e * tokens[j] + sum(weight * tokens[i] for i, weight in others)) / norm)
-    return torch.stack(new_keys), torch.stack(new_values), sum(map(len, groups.values()))
 
 
 @pytest.fixture
@@ -216,10 +154,9 @@ def test_half_precision_is_merged_in_float32(rule, dtype):
         assert distance < 0.3 * (tokens_of(plain)[0][row][1].float() - values).abs().mean()
 
 
-@each_method
 @pytest.mark.parametrize("name", [name for name in PRESSES if name not in OVER_LAYERS])
-def test_what_is_kept_is_the_wrapped_press_s_choice(llama, rule, name):
-    cache, expected = (read(llama, press, (40, 29)) for press in (MergingPress(PRESSES[name](), **rule), PRESSES[name]()))
+def test_what_is_kept_is_the_wrapped_press_s_choice(llama, name):
+    cache, expected = (read(llama, press, (40, 29)) for press in (MergingPress(PRESSES[name](), "cam"), PRESSES[name]()))
     for layer in range(3):
         for pair in zip(cache.positions(layer), expected.positions(layer), strict=True):
             assert all(torch.equal(*heads) for heads in zip(*pair, strict=True))
@@ -335,14 +272,14 @@ def test_draws_of_cam_are_right_on_average_and_independent_of_who_was_evicted(ll
     plain = tokens_of(read(llama, RandomPress(0.5)))[0]
     expected = tokens_of(read(llama, MergingPress(RandomPress(0.5), seed=None)))[0]
     sums = {row: torch.zeros_like(values) for row, (_, values) in plain.items()}
-    num_seeds = 60
+    num_seeds = 40
     for seed in range(num_seeds):
         for row, (_, values) in tokens_of(read(llama, MergingPress(RandomPress(0.5), seed=seed)))[0].items():
             sums[row] += values - plain[row][1]
     means = torch.stack([sums[row].flatten() for row in sums]) / num_seeds
     added = torch.stack([(expected[row][1] - plain[row][1]).flatten() for row in sums])
     assert added.norm() > 1
-    assert (means - added).norm() < 0.25 * added.norm()  # an error of a standard deviation of what single draws add
+    assert (means - added).norm() < 0.3 * added.norm()  # an error of a standard deviation of what single draws add
 
 
 def test_the_same_seed_gives_the_same_tokens(llama):
@@ -350,6 +287,28 @@ def test_the_same_seed_gives_the_same_tokens(llama):
     assert_alike(once, twice, atol=0)
     with pytest.raises(AssertionError):
         assert_alike(once, other)
+
+
+@each_method
+def test_a_limit_in_bytes_holds_and_leaves_the_same_tokens(llama, rule):
+    for limit in range(20_000, 20_064, 8):
+        plain = read(llama, KnormPress(max_bytes=limit), (40, 29))
+        cache = read(llama, MergingPress(KnormPress(max_bytes=limit), **rule), (40, 29))
+        assert cache.nbytes == plain.nbytes <= limit
+        assert cache.lengths(0).tolist() == plain.lengths(0).tolist()
+
+
+@each_method
+def test_notes_go_with_their_sequences(llama, rule):
+    """One of the two sequences had nothing evicted before."""
+    press = MergingPress(KnormPress(budget=25), **rule)
+    caches = [read(llama, press, (40,)), read(llama, NoCompressionPress(), (40,), 1)]
+    joined = PiKVCache.concat(caches).select([1, 0])
+    further = batch_of([12, 12], 7)[0]
+    prefill(llama, further, joined, press)
+    for b, cache in enumerate(reversed(caches)):
+        prefill(llama, further[b : b + 1], cache, press)
+        assert_alike(joined.select([b]), cache)
 
 
 def test_names_and_settings(llama):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,13 +28,26 @@ class MergeCounter(ABC):
 
 @dataclass
 class MergeNotes(RowState):
-    """What a rule noted of rows when tokens of them were last evicted, ``values`` ``[B, G]``; NaN for nothing."""
+    """What a rule noted of the rows of each sequence, ``[B][G]``, when tokens of them were last evicted; NaN for nothing.
 
-    values: Tensor
+    A number for each row, on the host as the rows' lengths are: it takes nothing from what a limit in bytes leaves to tokens.
+    """
+
+    values: list[list[float]]
+
+    def select(self, sequences: Sequence[int]) -> "MergeNotes":
+        return replace(super().select(sequences), values=[self.values[sequence] for sequence in sequences])
 
     @classmethod
-    def fill(cls, name: str) -> float:
-        return float("nan")
+    def concat(cls, states: Sequence["MergeNotes | None"], batch_sizes: Sequence[int]) -> "MergeNotes":
+        num_heads = next(len(state.values[0]) for state in states if state is not None)
+        nothing = [float("nan")] * num_heads
+        seen: list[int] = []
+        values: list[list[float]] = []
+        for state, size in zip(states, batch_sizes, strict=True):
+            seen += [0] * size if state is None else state.seen
+            values += [nothing] * size if state is None else state.values
+        return cls(seen, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +64,9 @@ class Merger:
     def merge(self, view: LayerView, kept: Kept, rows: RaggedRows) -> None:
         """Rewrites ``rows``, which hold what was ``kept`` of the ``view``."""
         held = view.state.get((MergeNotes, self.owner))
+        notes = torch.full((len(kept),), float("nan"), device=view.kept.device)
         if isinstance(held, MergeNotes):
-            notes = held.values.flatten().clone()
-        else:
-            notes = torch.full((len(kept),), float("nan"), device=view.kept.device)
+            notes = torch.tensor(held.values, device=view.kept.device).flatten()
         merged: dict[int, tuple[Tensor | None, Tensor]] = {}
         num_merged = torch.zeros((), dtype=torch.long, device=view.kept.device)
         for block, chosen in _groups(view, kept):
@@ -65,7 +77,7 @@ class Merger:
             keys = [None] * len(chosen) if result.keys is None else list(result.keys)
             merged |= zip(block.row_ids, zip(keys, result.values, strict=True), strict=True)
         rows.rewrite(partial(_rewritten, merged))
-        view.state[MergeNotes, self.owner] = MergeNotes(seen=view.call.seen, values=notes.view(view.kept.shape))
+        view.state[MergeNotes, self.owner] = MergeNotes(seen=view.call.seen, values=notes.view(view.kept.shape).tolist())
         self.owner.count_merged(view.layer_idx, int(num_merged))
 
 
