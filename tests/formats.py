@@ -26,8 +26,8 @@ class ReversedSegment(Segment):
     def encode(cls, keys, values, positions=None):
         return cls(torch.cat([values, keys], 2).flip(1).contiguous(), values.shape[2])
 
-    def with_keys(self, keys):
-        return self.encode(keys, self.dense()[1])
+    def with_tokens(self, keys, values, positions):
+        return self.encode(keys, values, positions)
 
     @property
     def tensors(self):

@@ -88,7 +88,7 @@ def test_other_keys_lose_the_same_channels():
     keys, values = random_tokens()
     segment = ChannelsFormat().encode(keys, values)
     others = torch.randn_like(keys)
-    again = segment.with_keys(others)
+    again = segment.with_tokens(others, values, torch.arange(keys.shape[1]).expand(len(keys), -1))
     assert torch.equal(again.channels, segment.channels) and torch.equal(again.dense()[1], values)
     kept = segment.dense()[0].ne(0).any(1, keepdim=True)
     assert torch.equal(again.dense()[0], others * kept)

@@ -180,7 +180,7 @@ def test_keys_that_were_turned_to_other_positions_are_decoded_to_what_they_are()
     values = low_rank(2, 200, VALUE_DIM)
     for segment in (
         format.encode(elsewhere, values, positions),
-        format.encode(turned(before, positions, rope), values, positions).with_keys(elsewhere),
+        format.encode(turned(before, positions, rope), values, positions).with_tokens(elsewhere, values, positions),
     ):
         torch.testing.assert_close(segment.dense()[0], elsewhere, atol=1e-5, rtol=0)
         torch.testing.assert_close(segment.dense()[1], values, atol=1e-5, rtol=0)

@@ -12,6 +12,7 @@ from pikv.presses import (
     KeyRerotationPress,
     KnormPress,
     KVzipPress,
+    MergingPress,
     NoCompressionPress,
     SnapKVPress,
 )
@@ -95,10 +96,13 @@ def test_what_the_attention_function_refuses_is_taken_back(llama):
     assert cache.get_seq_length() == 25
 
 
-ROTATIONS = {
+REWRITINGS = {
     "snapkv": lambda: KeyRerotationPress(SnapKVPress(0.5, window_size=4)),
     "behind another": lambda: KeyRerotationPress(ComposedPress([DuoAttentionPress(0.2), SnapKVPress(0.5)])),
     "second reading": lambda: KeyRerotationPress(KVzipPress(0.5, layerwise=True)),
+    "cam": lambda: MergingPress(KnormPress(0.5), "cam"),
+    "d2o": lambda: MergingPress(SnapKVPress(0.5, window_size=4), "d2o"),
+    "d2o while decoding": lambda: DecodingPress(MergingPress(KnormPress(0.5), "d2o"), target_size=20, compression_interval=1),
     "while decoding": lambda: DecodingPress(KeyRerotationPress(KnormPress(0.5)), target_size=20, compression_interval=1),
 }
 
@@ -111,10 +115,14 @@ ROTATIONS = {
         ("behind another", "turning"),
         ("second reading", 1),
         ("while decoding", 0),
+        ("cam", 1),
+        ("d2o", 0),
+        ("d2o", 1),
+        ("d2o while decoding", 1),
     ],
 )
-def test_keys_that_were_turned_in_an_interrupted_pass_are_turned_back(llama, monkeypatch, name, where):
-    press, (ids, mask) = ROTATIONS[name](), batch_of([50, 33])
+def test_tokens_that_were_rewritten_in_an_interrupted_pass_are_as_before(llama, monkeypatch, name, where):
+    press, (ids, mask) = REWRITINGS[name](), batch_of([50, 33])
     steady, broken = PiKVCache(llama.config), PiKVCache(llama.config)
     rotate, is_armed, interrupted = Rotary.rotate, False, 0
 
@@ -145,7 +153,7 @@ def test_keys_that_were_turned_in_an_interrupted_pass_are_turned_back(llama, mon
                 interrupt() if layer == where + 1 else remember(cache, layer, mark)
             ),
         )
-    size = 1 if name == "while decoding" else 9
+    size = 1 if "while decoding" in name else 9
     for seed, num_tokens in enumerate((50, size, size)):
         new = ids if num_tokens == 50 else batch_of([size, size], seed)[0]
         before = kept(broken) if seed else {}

@@ -1,6 +1,6 @@
 """A block of cache rows that hold equally many tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pikv.attention.params import AttentionParams
 from pikv.attention.partial import merge_parts, with_sinks
+from pikv.cache.change import Rewriting
 from pikv.cache.formats.base import Segment
 from pikv.cache.formats.dense import DenseSegment, first_capacity, fitting_length, grown_capacity, spread
 from pikv.cache.kept import TokenBlock, selector_of
@@ -263,16 +264,20 @@ class RowBlock:
         self.sealed = sealed
         self._set_positions(None if self._positions is None else self.kept_positions())
 
-    def set_keys(self, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Replaces keys: ``turn`` gets ``[n, l, D]`` of some tokens and their numbers ``[l]``, and returns new ones."""
+    def rewrite(self, change: Rewriting) -> None:
+        """Replaces tokens by what ``change`` makes of them, segment by segment."""
         sealed = []
         for start, segment in self._starts():
-            numbers = torch.arange(start, start + segment.length, device=segment.location)
-            keys = turn(segment.dense()[0], numbers)
+            stop = start + segment.length
+            old_keys, old_values = segment.dense()
+            keys, values = change(self.row_ids, old_keys, old_values, torch.arange(start, stop, device=segment.location))
             if segment is self.tail:
-                self.tail.set_keys(keys)
+                self.tail.overwrite(keys, values)
+            elif keys is None and values is None:
+                sealed.append(segment)
             else:
-                sealed.append(segment.with_keys(keys))
+                keys, values = old_keys if keys is None else keys, old_values if values is None else values
+                sealed.append(segment.with_tokens(keys, values, self.kept_positions()[:, start:stop]))
         self.sealed = sealed
 
     def check_integrity(self, *, with_values: bool = True) -> None:

@@ -1,14 +1,13 @@
 """The ragged rows of one layer: every KV head of every sequence has its own length."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv.cache.block import RowBlock
-from pikv.cache.change import Change
+from pikv.cache.change import Change, Rewriting
 from pikv.cache.formats.dense import DenseSegment
 from pikv.cache.integrity import check_blocks
 from pikv.cache.kept import KeptTokens
@@ -220,11 +219,11 @@ class RaggedRows:
                     found[row // self.num_kv_heads] = True
         return found
 
-    def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
-        """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
+    def rewrite(self, change: Rewriting) -> None:
+        """Replaces keys and values of tokens that are held; segments of which nothing changes stay as they are."""
         with plain_tensors():
             for block in self.blocks:
-                block.set_keys(partial(turn, block))
+                block.rewrite(change)
         self._table = None
 
     def can_truncate(self, num_tokens: int | Sequence[int]) -> str | None:

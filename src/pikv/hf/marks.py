@@ -95,7 +95,7 @@ class RewindableCache(LayerContents):
     def remember_rows(self, layer_idx: int, mark: CacheMark | None = None) -> None:
         """Has a layer's tokens of earlier passes kept as they are, for the pass under way or for ``drop_since(mark)``.
 
-        A press asks for it before it changes their keys: dropping the newest tokens does not undo that.
+        A press asks for it before it rewrites them: dropping the newest tokens does not undo that.
         """
         layer = self.layers[layer_idx]
         if mark is None:

@@ -1,12 +1,12 @@
 """Positions without gaps: keys are turned so that the kept tokens stand side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pikv.cache.block import RowBlock
 from pikv.cache.row_state import ContiguousPositions
 from pikv.cache.rows import RaggedRows
 from pikv.core import Decision, Kept, LayerView
@@ -55,7 +55,7 @@ class _RotatingStage(ScoredStage):
         return cls(**{each.name: getattr(stage, each.name) for each in fields(ScoredStage)}, rotary=rotary, inner=stage)
 
     @property
-    def changes_keys(self) -> bool:
+    def changes_tokens(self) -> bool:
         return True
 
     def decide(self, view: LayerView) -> Decision:
@@ -66,12 +66,12 @@ class _RotatingStage(ScoredStage):
         self.inner.after_keep(view, kept, rows)
         before, heads = view.key_positions, rows.num_kv_heads
 
-        def turn(block: RowBlock, keys: Tensor, numbers: Tensor) -> Tensor:
-            old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in block.row_ids])
-            ends = torch.tensor([int(view.seen[row // heads]) for row in block.row_ids], device=old.device).unsqueeze(1)
-            return self.rotary.rotate(keys, ends - block.length + numbers - old[:, numbers], view.layer_idx)
+        def turn(row_ids: Sequence[int], keys: Tensor, values: Tensor, numbers: Tensor) -> tuple[Tensor, None]:
+            old = torch.stack([before[row // heads, row % heads, kept[row].to(before.device)] for row in row_ids])
+            ends = torch.tensor([int(view.seen[row // heads]) for row in row_ids], device=old.device).unsqueeze(1)
+            return self.rotary.rotate(keys, ends - old.shape[1] + numbers - old[:, numbers], view.layer_idx), None
 
-        rows.set_keys(turn)
+        rows.rewrite(turn)
         view.state[ContiguousPositions] = ContiguousPositions(seen=view.call.seen, lengths=rows.lengths)
 
     def _check(self, view: LayerView) -> None:

@@ -95,7 +95,7 @@ class Session:
         self.num_kept_steps = max((stage.trigger.queries_while_decoding for stage in stages), default=0)
         self.needs = Needs()
         for stage in stages:
-            self.needs |= stage.needs
+            self.needs |= stage.needs if stage.merger is None else stage.needs | stage.merger.needs
         self.reread = self.needs.reread
         self.wants_logsumexp = self.needs.logsumexp
         self.waits = False  # with all decisions, for a second reading
@@ -173,7 +173,7 @@ class Session:
         due = [stage for stage in self.stages if stage.trigger.should_act(call.num_new, steps.num_single)]
         observing = [stage for stage in self.stages if stage.needs.observes and stage not in due] if call.num_new > 1 else []
         if due:
-            if any(stage.changes_keys for stage in due):
+            if any(stage.changes_tokens for stage in due):
                 assert self.inputs is not None
                 self.inputs.cache.remember_rows(call.layer_idx, self.before)
             self._decide(due, steps.joined(call) if call.num_new == 1 else call, reread)
@@ -197,6 +197,8 @@ class Session:
                 raise ValueError(f"{stage.press!r}, layer {call.layer_idx}: {error}") from None
             if decision.kept is not None:
                 _forget_evicted(call.state, rows)
+                if stage.merger:
+                    stage.merger.merge(view, decision.kept, rows)
                 stage.after_keep(view, decision.kept, rows)
                 reread = None if reread is None else values_of(decision.kept, reread)
             recorder.enter(stage.presses, num_before)

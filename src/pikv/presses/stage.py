@@ -14,6 +14,7 @@ from pikv.budget.base import Budget, JointBudget, ScoredLayer
 from pikv.budget.select import select, values_of
 from pikv.cache.rows import RaggedRows
 from pikv.core import Decision, Kept, LayerView, Needs
+from pikv.presses.merger import Merger
 from pikv.presses.stats import Recorder
 from pikv.presses.trigger import AfterPrefill, Trigger
 from pikv.scoring.base import Scorer
@@ -23,11 +24,22 @@ from pikv.scoring.base import Scorer
 class Stage(ABC):
     """How one press decides about the layers of the model that it is bound to, and when.
 
-    ``presses`` are those whose statistics it counts to: its own press, then the ones around it.
+    ``presses`` are those whose statistics it counts to: its own press, then the ones around it. ``merger`` folds what it evicts
+    into what it keeps.
+
+    Raises:
+        ValueError: for a merger where layers that come later may evict more.
     """
 
     presses: tuple[Recorder, ...]
     trigger: Trigger = field(default_factory=AfterPrefill)
+    merger: Merger | None = None
+
+    def __post_init__(self) -> None:
+        if self.merger and self.revises_earlier_layers:
+            raise ValueError(
+                f"{self.press!r} shares tokens out over the layers; what it evicts cannot be merged one layer at a time"
+            )
 
     @property
     def press(self) -> Recorder:
@@ -49,9 +61,9 @@ class Stage(ABC):
         return False
 
     @property
-    def changes_keys(self) -> bool:
-        """Whether it changes keys of tokens that came earlier, so that dropping the newest ones does not undo it."""
-        return False
+    def changes_tokens(self) -> bool:
+        """Whether it rewrites tokens that came earlier, so that dropping the newest ones does not undo it."""
+        return self.merger is not None
 
     @property
     def ends_history(self) -> bool:

@@ -82,8 +82,8 @@ class Segment(ABC):
         """
 
     @abstractmethod
-    def with_keys(self, keys: Tensor) -> Segment:
-        """The same tokens with other keys ``[n, length, D]``, brought into the format anew."""
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
+        """A segment of other keys ``[n, length, D]`` and values at the same original positions, brought into the format."""
 
     @classmethod
     @abstractmethod

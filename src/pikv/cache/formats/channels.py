@@ -123,9 +123,9 @@ class ChannelsSegment(CodedSegment):
         by_token = {name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}
         return self.like(by_token, self.by_row)
 
-    def with_keys(self, keys: Tensor) -> Self:
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Self:
         """See ``Segment``: of the new keys the same channels stay."""
-        return self.like(self.settings.encode_channels(keys, self.by_token["values"], self.channels).by_token, self.by_row)
+        return self.like(self.settings.encode_channels(keys, values, self.channels).by_token, self.by_row)
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:

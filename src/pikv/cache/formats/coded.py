@@ -91,8 +91,8 @@ class CodedSegment(Segment):
             return None
         return self.like({name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}, {})
 
-    def with_keys(self, keys: Tensor) -> Segment:
-        return self.settings.encode(keys, self.dense()[1])
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
+        return self.settings.encode(keys, values, positions)
 
     def like(self, by_token: Mapping[str, Tensor], by_row: Mapping[str, Tensor]) -> Self:
         """A segment of the same settings of other tensors."""

@@ -64,8 +64,8 @@ class DenseSegment(Segment):
         capacity = keys.shape[1] if capacity is None else capacity
         return cls(spread(keys, capacity), spread(values, capacity), keys.shape[1])
 
-    def with_keys(self, keys: Tensor) -> DenseSegment:
-        return self.encode(keys, self.dense()[1])
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> DenseSegment:
+        return self.encode(keys, values)
 
     @property
     def capacity(self) -> int:
@@ -164,9 +164,12 @@ class DenseSegment(Segment):
         """Forgets the tokens from ``length`` on; the storage stays for those that come next."""
         self.length = length
 
-    def set_keys(self, keys: Tensor) -> None:
-        """Writes other keys ``[n, length, D]`` for the same tokens, in place."""
-        self._keys[:, : self.length] = keys
+    def overwrite(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """Writes other keys ``[n, length, D]`` and values for the same tokens, in place; None for those that stay."""
+        if keys is not None:
+            self._keys[:, : self.length] = keys
+        if values is not None:
+            self._values[:, : self.length] = values
 
     def check_integrity(self, *, with_values: bool = True) -> None:
         assert 0 <= self.length <= self.capacity, f"length {self.length} of capacity {self.capacity}"

@@ -157,19 +157,6 @@ class SvdSegment(CodedSegment):
             by_token, by_row = _without(by_token, *taken), _without(by_row, *taken)
         return self if len(by_row) == len(self.by_row) else self.like(by_token, by_row)
 
-    def with_keys(self, keys: Tensor) -> Self:
-        """See ``Segment``. Keys are turned back by the original positions though they may have been turned otherwise since:
-        that is undone as exactly, but takes more directions, or is less exact with as many.
-        """
-        check_finite(keys, keys)
-        if "keys" in self.by_token:
-            stored = keys.clone(memory_format=torch.contiguous_format)
-            return self.like({**self.by_token, "keys": stored}, self.by_row)
-        by_token, by_row = self.settings._keys(keys, self.by_token.get("positions"))
-        by_token |= _without(self.by_token, "key_factors", "positions")
-        by_row |= _without(self.by_row, "key_basis")
-        return self.like(by_token, by_row)._smaller()
-
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
         segment = super().from_state(tensors, state, device)

@@ -86,6 +86,16 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
     "KeyRerotationPress": Counterpart(
         ours="KeyRerotationPress", note="the kept tokens stand right before what comes next, not at the beginning"
     ),
+    "MergingPress": Counterpart(
+        ours="MergingPress",
+        defaults={"press": "must be given"},
+        missing={
+            "similarity_threshold": "D2O's adapts itself",
+            "merge_fraction": "leave it out",
+        },
+        refused="it changes the values of the tokens that stay",
+        note='the rules of CaM (`method="cam"`, the default) and of D2O (`method="d2o"`); kvpress\'s is another one',
+    ),
     "PerLayerCompressionPress": Counterpart(ours="PerLayerPress", note="with any attention"),
     "DecodingPress": Counterpart(
         ours="DecodingPress",
@@ -107,7 +117,7 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
     "ExpectedAttentionStatsPress": _brought("; `ExpectedAttentionPress` needs no statistics"),
     "KVzapPress": _brought(),
     "SimLayerKVPress": _brought(),
-    "CAMPress": _none("it merges keys and values, which is not supported; use `DecodingPress(press)`"),
+    "CAMPress": _none('it merges the best of what it evicts while decoding; use `DecodingPress(MergingPress(press, "cam"))`'),
     "CompressionRatioDecodingPress": _none("its target grows while decoding; use `DecodingPress(press, target_size=...)`"),
     "DMSPress": _none("it evicts by a threshold, not by a number of tokens; use the press inside of it with a ratio"),
     "EntropyGatedChunkKVPress": _none("its chunks change in length with the scores; use `ChunkKVPress`"),
@@ -116,7 +126,6 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
     "KVComposePress": _none(_REREADS + "; use `KVzipPress`"),
     "KVgradPress": _none(_REREADS + "; use `KVzipPress`"),
     "LUKVPress": _none("it needs curves made for each model; use `AdaKVPress(ExpectedAttentionPress(...))`"),
-    "MergingPress": _none("it changes the values of the tokens that stay, which is not supported; use the press inside of it"),
     "RestoreKVPress": _none("it adds tokens to the cache, which is not supported; use `KVzipPress`"),
     "KVPressTextGenerationPipeline": _none('use `pipeline("pikv-text-generation", ...)`'),
 }
