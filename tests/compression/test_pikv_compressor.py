@@ -169,7 +169,7 @@ def test_003_the_example_of_the_guide(capsys):
 
     keys, values = random_tokens(1, 128, 64)
     importance = torch.rand(1, 128, generator=torch.Generator().manual_seed(0)) ** 4  # few tokens matter much
-    found_keys, found_values = compress_kv_cache(keys, values, importance)
+    found_keys, _ = compress_kv_cache(keys, values, importance)
     # What is printed, against the tensors: dense tokens with positions, codes, and the matrices that read them.
     num_dense, num_kept = compressor.last_protected, found_keys.shape[1]
     assert torch.equal(found_keys[:, importance[0, compressor.last_kept[0, 0]] > 0.5], keys[importance > 0.5].unsqueeze(0))
