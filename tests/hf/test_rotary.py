@@ -6,7 +6,7 @@ import transformers as hf
 
 from pikv import PiKVCache
 from pikv.hf.hooks import observe
-from pikv.hf.rotary import Rotary, rotary_of
+from pikv.hf.rotary import Rotary, rope_of, rotary_of
 from pikv.hf.support import attention_modules, ragged_layers
 from tiny import FAMILIES, batch_of, build
 
@@ -154,6 +154,32 @@ def test_the_mean_matrix_is_the_mean_of_turned_vectors(family):
     vector, positions = torch.randn(dim), torch.arange(90, 123)
     mean = rotary.rotate(vector.expand(33, -1), positions, layer).mean(0)
     torch.testing.assert_close(vector @ rotary.mean_matrix(positions, layer, dim), mean, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_the_rotation_as_numbers_is_that_of_the_model(family):
+    model = build(family)
+    assert_same_rotation(model)
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3, LINEAR], ids=lambda rope: rope["rope_type"])
+def test_scaled_frequencies_are_the_same_as_numbers(rope):
+    assert_same_rotation(llama(rope))
+
+
+def assert_same_rotation(model):
+    for layer in ragged_layers(model.config):
+        vectors, positions = torch.randn(2, 3, 50, dim_of(model)), torch.arange(0, 1000, 20).expand(2, 3, -1)
+        rope = rope_of(model, layer)
+        expected = Rotary(model).rotate(vectors, positions, layer)
+        torch.testing.assert_close(rope.turn(vectors, positions), expected, atol=5e-4, rtol=0)
+        torch.testing.assert_close(rope.turn(expected, positions, back=True), vectors, atol=5e-4, rtol=0)
+
+
+def test_where_a_rotation_is_not_known_there_are_no_numbers():
+    longrope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert rope_of(llama(longrope), 0) is None
+    assert rope_of(build("gpt2"), 0) is None and rope_of(build("opt"), 0) is None
 
 
 def dim_of(model):

@@ -211,6 +211,15 @@ class RaggedRows:
                 self.num_losses += 1
                 self._set_blocks(merge(self.blocks))
 
+    def sequences_to_seal(self, sealing: Sealing) -> list[bool]:
+        """Of which sequences ``seal`` would find tokens."""
+        found = [False] * self.batch_size
+        for block in self.blocks:
+            if sealing.span(block.num_sealed, block.tail.length)[1]:
+                for row in block.row_ids:
+                    found[row // self.num_kv_heads] = True
+        return found
+
     def set_keys(self, turn: Callable[[RowBlock, Tensor, Tensor], Tensor]) -> None:
         """Replaces keys: ``turn`` gets a block, keys ``[n, l, D]`` of some of its tokens, and these tokens' numbers ``[l]``."""
         with plain_tensors():

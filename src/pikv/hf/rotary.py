@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pikv.cache.coding.rope import Rope
 from pikv.hf.shape import text_config
 from pikv.hf.support import attention_modules, ragged_layers
 
@@ -62,6 +63,13 @@ class Rotary:
         scale = (cos.square() + sin.square()).sqrt()
         return cos / scale, sin / scale * positions.sign().unsqueeze(-1)
 
+    def rope(self, layer_idx: int) -> Rope:
+        """The rotation of a layer as numbers, for who has to do it without the model."""
+        device = next(iter(self._module.buffers())).device
+        cos, sin = self.angles(torch.ones(1, dtype=torch.long, device=device), layer_idx)
+        frequencies = torch.atan2(sin.double(), cos.double()).flatten().tolist()
+        return Rope(frequencies=tuple(frequencies), way="neighbours" if self._way == _NEIGHBOURS else "halves")
+
     def _tables(self, positions: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """The model's own cosines and sines at ``positions`` ``[...]``."""
         like = torch.zeros(1, device=positions.device)
@@ -112,6 +120,15 @@ def rotary_of(model: Any) -> Rotary | None:
     source = sys.modules[type(next(iter(attention_modules(model).values()))).__module__]
     knows_rotation = any("rotary" in name.lower() for name in vars(source))
     return Rotary(model) if knows_rotation or _rotary_modules(model) else None
+
+
+def rope_of(model: Any, layer_idx: int) -> Rope | None:
+    """By what a layer turns its keys; None where it does not, and where how it does so is not known here."""
+    try:
+        rotary = rotary_of(model)
+    except ValueError:
+        return None
+    return None if rotary is None else rotary.rope(layer_idx)
 
 
 def _rotary_modules(model: Any) -> list[nn.Module]:

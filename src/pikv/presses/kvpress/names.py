@@ -93,6 +93,12 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
         "differs",
     ),
     "PrefillDecodingPress": Counterpart(ours="PrefillDecodingPress", note="needs its `decoding_press`"),
+    "ThinKPress": Counterpart(
+        ours="ThinKPress",
+        defaults={"key_channel_compression_ratio": "0.5 here, 0.0 there"},
+        note="memory is freed; sinks and the newest `window_size` tokens stay whole",
+        refused="it removes channels of keys, not tokens",
+    ),
     "BlockPress": _brought(),
     "CapPress": _brought(),
     "CompactorPress": _brought("; `LeverageScorePress` and `NonCausalAttentionPress` are its halves"),
@@ -112,7 +118,6 @@ COUNTERPARTS: Mapping[str, Counterpart] = {
     "LUKVPress": _none("it needs curves made for each model; use `AdaKVPress(ExpectedAttentionPress(...))`"),
     "MergingPress": _none("it changes the values of the tokens that stay, which is not supported; use the press inside of it"),
     "RestoreKVPress": _none("it adds tokens to the cache, which is not supported; use `KVzipPress`"),
-    "ThinKPress": _none("it removes channels of keys, not tokens, which is not supported"),
     "KVPressTextGenerationPipeline": _none('use `pipeline("pikv-text-generation", ...)`'),
 }
 
