@@ -140,3 +140,16 @@ class CodingCompressor(BaseCompressor):
 def numbers_bytes(*tensors: Tensor) -> int:
     """Bytes of the numbers of several tensors."""
     return sum(dense_bytes(tensor) for tensor in tensors)
+
+
+def default_rank(rank: int | None, hidden_size: int) -> int:
+    """A rank, by default a quarter of the channels.
+
+    Raises:
+        ValueError: for one that is not between 1 and ``hidden_size``.
+    """
+    if rank is None:
+        return max(1, hidden_size // 4)
+    if check_count(rank, "rank") > hidden_size:
+        raise ValueError(f"rank must be at most hidden_size={hidden_size}, not {rank}")
+    return rank

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv.calibration.lowrank import LowRankMap, attend
 from pikv.compression.lora import LoRACompressor
-from pikv.compression.lowrank import LowRankMap
 from pikv.compression.tokens import Tokens, join_heads, split_heads
 
 _MOST_QUERIES = 256  # of each sequence that are learned from
@@ -60,11 +60,11 @@ class DistillationCompressor(LoRACompressor):
         scaling = tokens.keys.shape[3] ** -0.5 if scaling is None else scaling
         full = [split_heads(join_heads(each).detach().to(self.key_map.down), heads) for each in (tokens.keys, tokens.values)]
         asked = asked.detach().to(self.key_map.down)
-        taught = _attend(asked, full[0], full[1], scaling)
+        taught = attend(asked, full[0], full[1], scaling)
 
         def loss(codes_dropout: float) -> Tensor:
             found = [self._restored(*pair, codes_dropout) for pair in zip((self.key_map, self.value_map), full, strict=True)]
-            off = (_attend(asked, found[0], found[1], scaling) - taught).square().sum()
+            off = (attend(asked, found[0], found[1], scaling) - taught).square().sum()
             return off / taught.square().sum().clamp(min=torch.finfo(taught.dtype).tiny)
 
         return self._train(loss, steps, learning_rate, seed)
@@ -85,8 +85,3 @@ def _checked_queries(tokens: Tokens, queries: Tensor, num_dims: int) -> Tensor:
         raise ValueError("there are queries that are infinite or not a number")
     some = whole[:, :, :: -(-whole.shape[2] // _MOST_QUERIES)]
     return some.unflatten(1, (heads, -1)).flatten(2, 3)
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """``[B, G, t, D]``: every query sees all tokens."""
-    return (queries @ keys.mT * scaling).softmax(-1) @ values

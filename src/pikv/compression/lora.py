@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 
-from pikv.checks import check_count
-from pikv.compression.base import Code, CodingCompressor, numbers_bytes
-from pikv.compression.lowrank import LowRankMap, default_rank
+from pikv.calibration.lowrank import LowRankMap, check_positive, lost_share, train
+from pikv.compression.base import Code, CodingCompressor, default_rank, numbers_bytes
 from pikv.compression.tokens import Tokens, join_heads, split_heads
 from pikv.hf.shape import head_dim
 from pikv.presses.base import BasePress
+from pikv.presses.spec import get_press
 
 _START_VECTORS = 512  # that the first directions are taken from
 
@@ -39,7 +39,7 @@ class LoRACompressor(CodingCompressor):
     def __init__(self, hidden_size: int, rank: int | None = None, alpha: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(hidden_size)
         self.rank = default_rank(rank, hidden_size)
-        self.alpha = _positive(alpha, "alpha")
+        self.alpha = check_positive(alpha, "alpha")
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout!r}")
         self.dropout = float(dropout)
@@ -107,7 +107,7 @@ class LoRACompressor(CodingCompressor):
 
         def loss(codes_dropout: float) -> Tensor:
             parts = [
-                _lost_share(vectors, self._through(to_few, vectors, codes_dropout), weights)
+                lost_share(vectors, self._through(to_few, vectors, codes_dropout), weights)
                 for to_few, vectors in self._pairs(tokens)
             ]
             return torch.stack(parts).mean()
@@ -139,40 +139,22 @@ class LoRACompressor(CodingCompressor):
             to_few.start(vectors.detach()[:: -(-len(vectors) // _START_VECTORS)])
         self._has_started.fill_(True)
 
-    def _train(self, loss: Any, steps: int, learning_rate: float, seed: int) -> dict[str, float]:
+    def _train(self, loss: Callable[[float], Tensor], steps: int, learning_rate: float, seed: int) -> dict[str, float]:
         """Lowers ``loss``, a function of the dropout of codes."""
-        check_count(steps, "steps")
-        rate = _positive(learning_rate, "learning_rate")
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [self.key_map.down, self.value_map.down], "lr": rate},
-                {"params": [self.key_map.up, self.value_map.up], "lr": rate * self.learning_rate_ratio},
-            ]
+        found = train(
+            [self.key_map, self.value_map],
+            loss,
+            steps=steps,
+            learning_rate=learning_rate,
+            learning_rate_ratio=self.learning_rate_ratio,
+            dropout=self.dropout,
+            seed=seed,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        with torch.no_grad():
-            before = least = float(loss(0.0))
-        best = _copies(self)
-        with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self)):
-            torch.manual_seed(seed)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                loss(self.dropout).backward()
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    found = float(loss(0.0))
-                if found < least:
-                    least, best = found, _copies(self)
-            optimizer.zero_grad()
-        self.load_state_dict(best)
         self._is_fitted.fill_(True)
-        return {"error_before": before, "error_after": least}
+        return found
 
     def to_press(self, model: Any) -> BasePress:
         """The press that stores each KV head's tokens so, with as large a share of its channels as ``rank`` is here."""
-        from pikv.presses.spec import get_press
-
         return get_press(self.press_name, rank=max(1, round(self.rank / self.hidden_size * head_dim(model.config))))
 
 
@@ -196,27 +178,4 @@ class LoRAPlusPlusCompressor(LoRACompressor):
         learning_rate_ratio: float = 16.0,
     ) -> None:
         super().__init__(hidden_size, rank, alpha, dropout)
-        self.learning_rate_ratio = _positive(learning_rate_ratio, "learning_rate_ratio")
-
-
-def _lost_share(vectors: Tensor, found: Tensor, weights: Tensor | None) -> Tensor:
-    """The share of the (weighted) sum of squares of ``[n, D]`` that is lost."""
-    lost, given = (vectors - found).square().sum(-1), vectors.square().sum(-1)
-    if weights is not None:
-        lost, given = lost * weights, given * weights
-    return lost.sum() / given.sum().clamp(min=torch.finfo(given.dtype).tiny)
-
-
-def _positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a number above 0, not {value!r}")
-    return float(value)
-
-
-def _copies(module: nn.Module) -> Mapping[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def _devices(module: nn.Module) -> list[int]:
-    """The CUDA devices whose random numbers are used."""
-    return sorted({parameter.device.index or 0 for parameter in module.parameters() if parameter.is_cuda})
+        self.learning_rate_ratio = check_positive(learning_rate_ratio, "learning_rate_ratio")

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from pikv.cache.formats.coded import as_type
-from pikv.compression.base import Code, CodingCompressor, numbers_bytes
-from pikv.compression.lowrank import default_rank, principal_directions
+from pikv.calibration.lowrank import principal_directions
+from pikv.compression.base import Code, CodingCompressor, default_rank, numbers_bytes
 from pikv.compression.tokens import Tokens, join_heads, split_heads
 from pikv.hf.shape import head_dim
 from pikv.presses.base import BasePress
