@@ -12,6 +12,7 @@ from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError
 from pikv.cache.formats.channels import ChannelsFormat
 from pikv.cache.formats.int import IntFormat
+from pikv.cache.formats.lora import LoraFormat
 from pikv.cache.formats.svd import SvdFormat
 from pikv.cache.rows import RaggedRows
 from pikv.cache.sealing import Sealing
@@ -29,6 +30,8 @@ EVERY_FORMAT = {
     "svd by energy": SvdFormat(energy=0.8, value_rank=4),
     "svd, turned back": SvdFormat(rank=6, rope=Rope(frequencies=(1.0, 0.1))),
     "channels": ChannelsFormat(),
+    "lora": LoraFormat(),
+    "lora, turned back": LoraFormat(rope=Rope(frequencies=(1.0, 0.1))),
 }
 every_format = pytest.mark.parametrize("format", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +55,7 @@ def assert_decodes_to(segment, keys, values):
 
 
 def assert_same(format, found, expected):
-    if format == "svd":  # a product of matrices, whose rounding goes by their sizes
+    if format in ("svd", "lora"):  # a product of matrices, whose rounding goes by their sizes
         torch.testing.assert_close(found, expected)
     else:
         assert torch.equal(found, expected)

@@ -23,7 +23,8 @@ def principal_directions(vectors: Tensor, rank: int) -> Tensor:
     else:
         found = torch.linalg.eigh(vectors.mT @ vectors).eigenvectors[..., -rank:].mT.flip(-2)
     largest = found.gather(-1, found.abs().argmax(-1, keepdim=True))
-    return (found * torch.where(largest < 0, -1.0, 1.0)).float()
+    directed: Tensor = found * torch.where(largest < 0, -1.0, 1.0)
+    return directed.float()
 
 
 class LowRankMap(nn.Module):

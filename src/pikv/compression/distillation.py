@@ -83,5 +83,5 @@ def _checked_queries(tokens: Tokens, queries: Tensor, num_dims: int) -> Tensor:
         raise ValueError(f"queries of shape {list(queries.shape)} do not fit keys [{batch}, {heads}, T, {dim}]")
     if not bool(whole.isfinite().all()):
         raise ValueError("there are queries that are infinite or not a number")
-    some = whole[:, :, :: -(-whole.shape[2] // _MOST_QUERIES)]
-    return some.unflatten(1, (heads, -1)).flatten(2, 3)
+    some: Tensor = whole[:, :, :: -(-whole.shape[2] // _MOST_QUERIES)].unflatten(1, (heads, -1))
+    return some.flatten(2, 3)

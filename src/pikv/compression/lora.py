@@ -35,6 +35,8 @@ class LoRACompressor(CodingCompressor):
     learning_rate_ratio: float = 1.0
     """The learning rate of the matrix up is that of the matrix down, times this."""
     press_name: ClassVar[str] = "lora"
+    _has_started: Tensor
+    _is_fitted: Tensor
 
     def __init__(self, hidden_size: int, rank: int | None = None, alpha: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(hidden_size)

@@ -108,7 +108,8 @@ def join_heads(tensor: Tensor) -> Tensor:
 
 def split_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """``[B, 1, T, G * D]`` as ``[B, G, T, D]``."""
-    return tensor.squeeze(1).unflatten(2, (num_heads, -1)).transpose(1, 2)
+    by_head: Tensor = tensor.squeeze(1).unflatten(2, (num_heads, -1))
+    return by_head.transpose(1, 2)
 
 
 def lost_and_given(tokens: Tokens, found: Compressed, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -156,10 +156,9 @@ class LoraSegment(CodedSegment):
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
-        segment = super().from_state(tensors, state, device)
-        if segment.settings.rope is not None and ("starts" in tensors) == ("positions" in tensors):
+        if state["settings"]["rope"] and ("starts" in tensors) == ("positions" in tensors):
             raise ValueError(f"a {cls.format} segment with positions in two forms, or in none")
-        return segment
+        return super().from_state(tensors, state, device)
 
 
 def _with_places(
