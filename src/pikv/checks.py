@@ -1,5 +1,6 @@
 """Checks of settings: what is wrong with a number is said before any work."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _MOST = 1 << 53  # whole numbers beyond are no longer told apart where ratios are applied
@@ -10,6 +11,13 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         most = f" and at most {_MOST}" if isinstance(value, int) and value > _MOST else ""
         raise ValueError(f"{name} must be a whole number of at least {least}{most}, not {_said(value)}")
+    return value
+
+
+def check_choice(value: Any, name: str, choices: Sequence[int]) -> int:
+    """Returns ``value`` if it is one of some whole numbers, else raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {_said(value)}")
     return value
 
 

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv.attention.params import AttentionParams
+from pikv.attention.partial import attend_part
 from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError
@@ -14,6 +16,7 @@ from pikv.cache.formats.channels import ChannelsFormat
 from pikv.cache.formats.int import IntFormat
 from pikv.cache.formats.lora import LoraFormat
 from pikv.cache.formats.svd import SvdFormat
+from pikv.cache.formats.turbo import TurboFormat
 from pikv.cache.rows import RaggedRows
 from pikv.cache.sealing import Sealing
 
@@ -30,6 +33,9 @@ EVERY_FORMAT = {
     "svd by energy": SvdFormat(energy=0.8, value_rank=4),
     "svd, turned back": SvdFormat(rank=6, rope=Rope(frequencies=(1.0, 0.1))),
     "channels": ChannelsFormat(),
+    "turbo:4": TurboFormat(),
+    "turbo:3": TurboFormat(key_bits=3, value_bits=3, seed=1),
+    "turbo, 2 bits for keys, 1 for values": TurboFormat(key_bits=2, value_bits=1),
     "lora": LoraFormat(),
     "lora, turned back": LoraFormat(rope=Rope(frequencies=(1.0, 0.1))),
 }
@@ -135,7 +141,8 @@ def test_any_shape_and_size_of_numbers_is_decoded_to_finite_ones(format, num_row
     segment = encode(format, keys.to(dtype), values.to(dtype))
     segment.check_integrity()
     found, _ = segment.dense()
-    if kind in ("zeros", "constant") and segment.format != "channels":  # these lose constant channels, too
+    # A rotation hides that numbers are equal, and channels lose constant ones, too.
+    if (kind == "zeros" and segment.format != "channels") or (kind == "constant" and segment.format in ("int", "svd")):
         torch.testing.assert_close(found, keys.to(dtype), rtol=1e-2, atol=0)
 
 

@@ -1,5 +1,6 @@
 """``pikv ask`` and ``pikv generate``, run within this process; how they end is in ``test_cli.py`` for all commands."""
 
+import errno
 import io
 import random
 import sys
@@ -67,6 +68,11 @@ def test_text_from_standard_input(pikv):
     assert out == f"{FIRST.answer}\n"
 
 
+def test_questions_from_standard_input(pikv):
+    out, _ = pikv("ask", "text", "--questions-file", "-", typed=io.StringIO(f"\ufeff{FIRST.prompt}\n\n{SECOND.prompt}\n"))
+    assert out.split("\n") == [f"> {FIRST.prompt}", FIRST.answer, f"> {SECOND.prompt}", SECOND.answer, ""]
+
+
 def test_on_a_terminal_questions_are_typed(pikv):
     too_long = "red " * 32768
     out, said = pikv("ask", "text", typed=Terminal(f"{FIRST.prompt}\n{too_long}\n{SECOND.prompt}\n\n"))
@@ -89,6 +95,38 @@ def test_generate_continues_a_prompt(pikv):
     assert "% saved" in said
 
 
+def test_without_standard_input_a_question_is_missed(refused, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text(SAMPLE.context)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no question" in refused("ask", "text")
+
+
+@pytest.mark.parametrize("arguments", [["ask", "text", "--question", "a"], ["generate", SAMPLE.context]])
+def test_what_a_press_of_ones_own_raises_is_one_line(refused, tmp_path, arguments):
+    (tmp_path / "text").write_text(SAMPLE.context)
+    (tmp_path / "own.py").write_text(
+        "from pikv.presses import ScorerPress\n\n\nclass Mine(ScorerPress):\n"
+        "    def score(self, view):\n        return view.kyes\n"
+    )
+    said = refused(*arguments, "--press", "own.py:Mine:0.5")
+    assert said.startswith("error: own.py:Mine:0.5: AttributeError in own.py:6: ")
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_answer_that_cannot_be_printed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    monkeypatch.setattr(sys, "argv", ["pikv", "generate", SAMPLE.context, "--max-new-tokens", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot print: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +136,8 @@ def test_generate_continues_a_prompt(pikv):
         (["ask", "nowhere", "--question", "a"], "cannot read nowhere"),
         (["ask", "empty", "--question", "a"], "empty holds no text"),
         (["ask", "text", "--questions-file", "empty"], "empty has no questions"),
+        (["ask", "text", "--questions-file", "-"], "standard input has no questions"),
+        (["ask", "-", "--questions-file", "-"], "the text or the questions, not both"),
         (["ask", "text", "--question", "a", "--press", "snapvk:0.5"], "did you mean 'snapkv'?"),
         (["ask", "text", "--question", "a", "--save", "nowhere/cache"], "cannot write nowhere/cache"),
         (["ask", "text", "--question", "a", "--save", "empty"], "empty exists and is never overwritten"),

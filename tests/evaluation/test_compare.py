@@ -305,6 +305,7 @@ def test_a_task_of_ones_own(demo, monkeypatch):
         ({"num_records": 60, "num_questions": 2}, "no room for 60 records"),
         ({"questions": ("? red fox",)}, "needs a context of your own"),
         ({"questions_file": Path("questions.txt")}, "needs a context of your own"),
+        ({"context": Path("-"), "questions_file": Path("-")}, "the text or the questions, not both"),
         ({"task": "retreival"}, "unknown task 'retreival'; did you mean 'retrieval'"),
         ({"num_experts": 3, "methods": "snapkv:0.5"}, "num-experts is 3, but none of the methods has a router"),
         ({"num_experts": 99, "methods": "eplb:0.5"}, "num_experts must lie between 1 and 8"),

@@ -1,5 +1,9 @@
 """Questions of a user's own, from a file."""
 
+import io
+import sys
+from pathlib import Path
+
 import pytest
 
 from pikv.evaluation.questions import OwnQuestion, contains_answer, read_context, read_questions
@@ -29,6 +33,19 @@ def test_lines_that_are_none_are_named(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_questions(path)
+
+
+def test_questions_and_contexts_from_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffWho signed?\n"))
+    assert read_questions(Path("-")) == [OwnQuestion("Who signed?")]
+    with pytest.raises(ValueError, match="standard input has no questions"):
+        read_questions(Path("-"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    with pytest.raises(ValueError, match="cannot read the context standard input: 'utf-8' codec"):
+        read_context(Path("-"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="cannot read the questions standard input: it is closed"):
+        read_questions(Path("-"))
 
 
 def test_an_empty_context_is_refused(tmp_path):

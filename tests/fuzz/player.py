@@ -270,8 +270,9 @@ def compare_alone(together: Player, conversation: Conversation) -> None:
         alone = Player(conversation, only=b)
         for operation in conversation.operations:
             alone.play(operation)
-        if alone.refused_by_operation != together.refused_by_operation:
-            continue  # what is refused may hang on the longest of a batch, or on another sequence
+        # What is refused, and after how many chunks, may hang on the longest of a batch, or on another sequence.
+        if (alone.refused_by_operation, alone.truth.columns) != (together.refused_by_operation, together.truth.columns):
+            continue
         alone.finish()
         if difference := _difference(together.truth, b, alone.truth):
             raise PropertyError(f"sequence {b} alone: {difference}")

@@ -1,5 +1,7 @@
 """One context, many questions, each answered as if it were the only one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -171,6 +173,18 @@ def test_presses_that_act_while_decoding_do_so_for_each_answer(llama, make, befo
     assert found.answers == ask(llama, QUESTIONS[1::-1], make()).answers[::-1]
 
 
+def test_threads_that_ask_one_cache_get_the_answers_of_one_thread(llama):
+    read = ask(llama, QUESTIONS, "keydiff:0.5")
+
+    def asked_again(question):
+        return ask(llama, question, context=None, cache=read.cache).answers[0]
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(asked_again, QUESTIONS * 4)) == read.answers * 4
+    assert read.cache.get_seq_length() == 60
+    read.cache.check_integrity()
+
+
 def refused(model, message, questions="w5", context=CONTEXT, tokenizer=TOKENIZER, **options):
     with pytest.raises(ValueError, match=message):
         pikv.ask(model, tokenizer, context, questions, **{"max_new_tokens": 4, **options})
@@ -190,7 +204,13 @@ def test_bad_input_is_refused_before_anything_is_read(llama, monkeypatch):
     refused(llama, "must be a text", context=["w5"])
     refused(llama, "give a context", context=None)
     refused(llama, "unknown press 'keydif'", press="keydif:0.5")
-    refused(llama, "from_kvpress takes a press", press=0.5)
+    refused(llama, "questions must be a text or several, not None", questions=None)
+    refused(llama, "a press, a specification .* is expected, not a float", press=0.5)
+    refused(llama, r"KnormPress is a class: give a press, KnormPress\(...\)", press=KnormPress)
+    refused(llama, "answer_prefix must be a text", answer_prefix=4)
+    refused(llama, r"the text holds '\\udcff', which is no character", questions=["w5", "w\udcff"])
+    refused(llama, r"the text holds '\\ud83d\\ude00', which is no character", context="w5 \ud83d\ude00")
+    refused(llama.model, "LlamaModel says no next token; load the model with AutoModelForCausalLM")
     refused(llama, "tokenizer of transformers is needed", tokenizer="gpt2")
     refused(llama, "no chat template", chat_template=True)
     refused(llama, "needs a tokenizer with a chat template", system="w5")
@@ -206,14 +226,22 @@ def test_bad_input_is_refused_before_anything_is_read(llama, monkeypatch):
     refused(llama, "holds 2 sequences", cache=read.repeat(2))
     refused(llama, "must be a PiKVCache", cache="file")
     refused(build("llama", torch.bfloat16), "the model is torch.bfloat16", cache=read)
+    refused(limited, "the cache is of another model: made for llama, this model is gpt2", cache=read)
+    refused(limited, "the cache is of another model", cache=PiKVCache(llama.config))
+    small = build("llama", vocab_size=50)
+    refused(small, "the tokenizer is of another model: it makes token [0-9]+, the model has 50 tokens")
     refused(limited, "a question of 1 and 4 new tokens exceed the 64 positions")
     refused(limited, "the context has 64 tokens, the model 64 positions", context=f"{CONTEXT} w5 w5 w5 w5")
 
 
-def test_many_unknown_words_are_warned_of(llama, recwarn):
+def test_unknown_words_are_warned_of(llama, recwarn):
     ask(llama, "w5 w6")
     assert not recwarn.list
     with pytest.warns(UserWarning, match="does not know 2 of the 3 tokens of the question"):
         ask(llama, "who is w5")
-    with pytest.warns(UserWarning, match="does not know 60 of the 120 tokens of the context"):
+    with pytest.warns(UserWarning, match="does not know 2 of the 4 tokens of the questions: the model"):
+        ask(llama, ["who is w5", "w6"])
+    with pytest.warns(UserWarning, match="does not know 60 of the 120 tokens of the context: the model cannot tell them apart"):
         ask(llama, "w5", context=CONTEXT + " word" * 60)
+    with pytest.warns(UserWarning, match="does not know 1 of the 61 tokens of the context$"):
+        ask(llama, "w5", context=CONTEXT + " word")

@@ -56,8 +56,15 @@ def test_the_pipeline_refuses_what_is_not_clear(pipe):
         pipe(CONTEXT, questions=["w5", ""])
     with pytest.raises(ValueError, match="unknown press"):
         pipe(CONTEXT, question="w5", press="nothing")
-    with pytest.raises(ValueError, match="max_context_length"):
-        pipe(CONTEXT, question="w5", max_context_length=0)
+    for wrong in (0, "5"):
+        with pytest.raises(ValueError, match="max_context_length"):
+            pipe(CONTEXT, question="w5", max_context_length=wrong)
+    with pytest.raises(ValueError, match="the question must be a text, not a list"):
+        pipe(CONTEXT, question=["w5", "w6"])
+    with pytest.raises(ValueError, match="a question must be a text, not a int"):
+        pipe(CONTEXT, questions=5)
+    with pytest.raises(ValueError, match="leave batch_size out"):
+        pipe([CONTEXT, CONTEXT], question="w5", batch_size=2)
 
 
 IMPORTS = ["import pikv", "from transformers import pipeline"]

@@ -175,6 +175,9 @@ def test_what_cannot_be_done_leaves_every_layer_as_it_is():
         model(batch_of([3, 3])[0], past_key_values=cache)
     assert torch.equal(cache.layers[0].keys, before)
     assert cache.get_seq_length() == 20
+    # What the refused pass announced is over: one with masks from elsewhere, as many columns long, must not go by it.
+    with pytest.raises(RuntimeError, match="4D mask"):
+        model(batch_of([3])[0], attention_mask=torch.zeros(1, 1, 3, 23), past_key_values=cache)
 
 
 def test_soft_capping_is_never_left_out():

@@ -411,7 +411,7 @@ def saved(llama, tmp_path):
 
 def test_files_that_are_no_caches_are_refused(saved, llama, tmp_path):
     assert "No such file" in refusal(tmp_path / "nowhere", llama)
-    refusal(tmp_path, llama)
+    assert refusal(tmp_path, llama) == "it is a folder"
     text = tmp_path / "text"
     text.write_text("something else, and longer than the first eight bytes")
     refusal(text, llama)

@@ -19,7 +19,12 @@ def test_a_local_folder(tmp_path):
     ("name", "options", "message"),
     [
         ("./nowhere", {}, "cannot load|no config.json"),
-        ("no-such-organisation/no-such-model", {}, "cannot load model 'no-such-organisation/no-such-model'"),
+        ("nowhere/", {}, "no config.json"),
+        (
+            "no-such-organisation/no-such-model",
+            {},
+            "cannot load model 'no-such-organisation/no-such-model', which is no folder here: ",
+        ),
         ("demo", {"dtype": "int3"}, "unknown dtype 'int3'"),
         ("demo", {"device": "abacus"}, "cannot use device 'abacus'"),
         ("demo", {"device": "cuda:99"}, "cannot use device 'cuda:99'"),
@@ -35,6 +40,12 @@ def test_folders_without_a_readable_model(tmp_path):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot load model"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_save_one(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder has no tokenizer; save it there: tokenizer\.save_pretrained\("):
         load_model(str(tmp_path))
 
 

@@ -31,6 +31,7 @@ from pikv.presses import (
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
+    TurboQuantPress,
 )
 
 PRESSES = {
@@ -76,6 +77,7 @@ FORMATS = {
     "int8": lambda: QuantizedPress(8, group_size=8, num_sinks=2, window_size=4),
     "int4": lambda: QuantizedPress(4, group_size=8, num_sinks=2, window_size=4),
     "int2": lambda: QuantizedPress(2, group_size=4, num_sinks=0, window_size=0, symmetric=True),
+    "turbo": lambda: TurboQuantPress(3, value_bits=4, num_sinks=2, window_size=4),
     "int4-by-token": lambda: QuantizedPress(4, group_size=5, key_axis="token", value_bits=2, num_sinks=1, window_size=3),
     "lora": lambda: LoRAPress(4, steps=2, group_size=16, num_sinks=2, window_size=4),
 }

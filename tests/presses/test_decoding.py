@@ -148,12 +148,20 @@ def test_chunks_of_one_column_are_avoided():
         (dict(attention_mask=torch.ones(1, 9)), "must cover"),
         (dict(cache=None), "needs a PiKVCache, not a NoneType"),
         (dict(press=KnormPress(0.99)), "would keep no token"),
+        (dict(press="knorm:0.5"), "takes a press, not 'knorm:0.5'; get_press makes one"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_read(llama, arguments, message):
     cache = PiKVCache(llama.config)
     with pytest.raises(ValueError, match=message):
         pikv.prefill(**{"model": llama, "input_ids": batch_of([12])[0], "cache": cache, **arguments})
+    assert cache.nbytes == 0
+
+
+def test_a_model_without_a_head_is_refused_before_anything_is_read(llama):
+    cache = PiKVCache(llama.config)
+    with pytest.raises(ValueError, match="LlamaModel says no next token; load the model with AutoModelForCausalLM"):
+        pikv.prefill(llama.model, batch_of([12])[0], cache, KnormPress(0.5))
     assert cache.nbytes == 0
 
 

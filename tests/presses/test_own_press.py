@@ -43,6 +43,10 @@ BAD_FILES = {
     "mine.KeyEntropyPress:0.5": (TEN_LINES, "a class in a file is written 'mine.py:KeyEntropyPress'"),
     "mine": (TEN_LINES, "a class in a file is written 'mine.py:MyPress'"),
     "mine.py": (TEN_LINES, "'mine.py' names a file: say which class, 'mine.py:MyPress'"),
+    "mine.py:Raises:0.5": (
+        "from pikv.presses import KnormPress\nclass Raises(KnormPress):\n    def __init__(self, compression_ratio): 1 / 0",
+        "press 'mine.py:Raises': ZeroDivisionError: division by zero",
+    ),
     "mine.py:KeyEntropyPress:2": (TEN_LINES, "must be at least 0 and less than 1"),
 }
 

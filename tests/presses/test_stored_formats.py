@@ -1,5 +1,8 @@
 """Presses that store tokens in formats: in the model, over turns, in batches, and with presses that evict."""
 
+import warnings
+from copy import deepcopy
+
 import pytest
 import torch
 from cases import FORMATS
@@ -187,6 +190,8 @@ def test_layers_can_be_left_out(llama):
         ("int4", {"group_size": 0}, "group_size"),
         ("int8", {"key_bits": 3}, "key_bits must be one of 8, 4, 2, not 3"),
         ("int4", {"window_size": -1}, "window_size"),
+        ("int4", {"skip_layers": "all"}, "skip_layers must be layers or 'auto', not 'all'"),
+        ("int4", {"skip_layers": "auto", "check": False}, "needs check=True"),
     ],
 )
 def test_wrong_settings_are_refused(spec, options, said):
@@ -202,3 +207,70 @@ def test_a_layer_that_there_is_not_is_refused(llama):
 def test_the_ratio_of_a_press_goes_on_meaning_tokens():
     assert get_press("int4").compression_ratio == 0
     assert get_press("snapkv:0.5+int4").compression_ratio == 0.5
+
+
+def with_outliers(model, factor):
+    """The same model, but for key channels that are ``factor`` times as large, and query channels as much smaller."""
+    model = deepcopy(model)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection, scale in ((attention.k_proj, factor), (attention.q_proj, 1 / factor)):
+            by_head = projection.weight.data.unflatten(0, (-1, 2, attention.head_dim // 2))
+            by_head[:, :, 3] *= scale  # a pair that turns together
+    return model
+
+
+@pytest.fixture(scope="module")
+def spoiled():
+    return with_outliers(build("llama"), 100.0)
+
+
+def enter(press, model):
+    with press(model):
+        pass
+
+
+def test_a_model_whose_keys_do_not_fit_is_warned_of_once(spoiled):
+    press = QuantizedPress(4, key_axis="token")
+    with pytest.warns(UserWarning, match=r"attention is off, in layer 0 by \d+%, layer 1 by \d+%, layer 2 by") as caught:
+        enter(press, spoiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enter(press, spoiled)
+    assert "skip_layers='auto'" in str(caught[0].message)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("press", [QuantizedPress(8), QuantizedPress(4), QuantizedPress(2)], ids=repr)
+def test_keys_by_channel_hold_such_models(spoiled, press):
+    enter(press, spoiled)
+
+
+def test_layers_that_do_not_fit_stay_dense_if_that_is_asked_for(spoiled, llama):
+    press = QuantizedPress(4, key_axis="token", skip_layers="auto", group_size=8, window_size=4)
+    cache = PiKVCache(spoiled.config)
+    prefill(spoiled, batch_of([64])[0], cache, press)
+    assert press.get_stats()["skipped_layers"] == [0, 1, 2]
+    assert all(len(cache.rows(layer).blocks[0].segments) == 1 for layer in range(3))
+    with press(llama):
+        pass
+    assert press.get_stats()["skipped_layers"] == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_check_can_be_left_out(spoiled):
+    calls = []
+    hook = spoiled.register_forward_pre_hook(lambda *_: calls.append(1))
+    with QuantizedPress(4, key_axis="token", check=False)(spoiled):
+        pass
+    hook.remove()
+    assert not calls
+
+
+def test_settings_of_a_format_can_be_changed(llama):
+    press = QuantizedPress(4, group_size=8, window_size=4)
+    press.bits = 8
+    assert press.format.key_bits == press.format.value_bits == 8
+    press.key_bits = 2
+    assert (press.format.key_bits, press.format.value_bits) == (2, 8)
+    assert repr(press) == "QuantizedPress(bits=8, key_bits=2, group_size=8, window_size=4)"

@@ -26,6 +26,7 @@ from pikv.cli.options import (
     read_text,
 )
 from pikv.cli.progress import busy, load_libraries
+from pikv.tasks.text_file import check_read_once
 
 
 def ask_command(
@@ -37,7 +38,10 @@ def ask_command(
     ] = None,
     questions_file: Annotated[
         Path | None,
-        typer.Option(help="A file of questions, one a line or as JSON; expected answers, as pikv compare takes, are left out."),
+        typer.Option(
+            help="A file of questions, one a line or as JSON, - for standard input; expected answers, as pikv compare takes, "
+            "are left out."
+        ),
     ] = None,
     press: PressOption = "none",
     model: ModelOption = "demo",
@@ -69,11 +73,14 @@ def ask_command(
       pikv ask --cache report.cache --question "Who signed?" --model Qwen/Qwen3-0.6B
 
       cat report.txt | pikv ask - --questions-file questions.txt --chunk-size 1024
+
+      cat questions.txt | pikv ask report.txt --questions-file -
     """
+    check_read_once(file, questions_file)
     questions = _questions(question, questions_file)
     if file is None and cache is None:
         raise ValueError("name a text file to ask, or a cache with --cache")
-    can_type = file != "-" and sys.stdin.isatty()
+    can_type = file != "-" and sys.stdin is not None and sys.stdin.isatty()
     if not questions and save is None and not can_type:
         raise ValueError(
             "there is no question: give --question or --questions-file, or --save to ask later; on a terminal you are asked "
@@ -88,12 +95,14 @@ def ask_command(
 
     from pikv.generation.document import open_document
     from pikv.hf.cache import PiKVCache
+    from pikv.presses.own_failures import failures_explained
     from pikv.presses.spec import as_press
 
     chosen = as_press(press)
     options = sampling(temperature)
     loaded, tokenizer = load_seeded(model, device, dtype, attn_implementation, calibration, seed)
-    with busy(f"reading {cache if file is None else 'standard input' if file == '-' else file}"):
+    what = cache if file is None else "standard input" if file == "-" else file
+    with busy(f"reading {what}"), failures_explained(press):
         document = open_document(
             loaded,
             tokenizer,
@@ -116,7 +125,9 @@ def ask_command(
         if len(questions) > 1:
             print(f"> {asked}")
         try:
-            seconds += document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options).seconds
+            with failures_explained(press):
+                answer = document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options)
+            seconds += answer.seconds
         except (KeyboardInterrupt, ValueError) as error:
             if questions:
                 raise

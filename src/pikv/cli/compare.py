@@ -63,7 +63,10 @@ def compare_command(
     ] = None,
     questions_file: Annotated[
         Path | None,
-        typer.Option(help="A file of questions, one a line, with the expected answer after a tab or as JSON if it is known."),
+        typer.Option(
+            help="A file of questions, one a line, with the expected answer after a tab or as JSON if it is known; - for "
+            "standard input."
+        ),
     ] = None,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Compress with the question in view, not before it is seen.")

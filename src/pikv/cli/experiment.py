@@ -24,11 +24,12 @@ from pikv.cli.options import (
 from pikv.cli.progress import busy, load_libraries, progress_bars
 from pikv.cli.results import InterruptedRunError, keep_calibrations, publish
 from pikv.evaluation.defaults import DEFAULT_TASK
+from pikv.router_defaults import CAPACITY_FACTOR, NUM_EXPERTS
 
 
 def experiment_command(
     study: Annotated[
-        str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark, eplb_duo or calibration.")
+        str, typer.Argument(help="routers, presses, combos, sensitivity, experts, benchmark, eplb_duo, calibration or mix.")
     ],
     data: Annotated[str | None, typer.Option(help="random, or demo: texts with answers. (default: the study's)")] = None,
     model: Annotated[
@@ -43,11 +44,13 @@ def experiment_command(
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Batches to measure on. (default: the study's, mostly 5)")] = None,
     passes: Annotated[int, typer.Option(help="Times to read each batch; the fastest counts.")] = 3,
-    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = 4,
+    num_experts: Annotated[int, typer.Option(help="Retention experts that routers choose among.")] = NUM_EXPERTS,
     top_k: Annotated[
         int | None, typer.Option(help="Experts that a token goes to. (default: 2, or 1 if there is but one)")
     ] = None,
-    capacity_factor: Annotated[float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")] = 1.5,
+    capacity_factor: Annotated[
+        float, typer.Option(help="Capacity of an expert, over its even share of the tokens.")
+    ] = CAPACITY_FACTOR,
     cache_aware: Annotated[bool, typer.Option(help="Let the pikv router prefer experts whose tokens were read.")] = True,
     own_amounts: Annotated[
         bool, typer.Option("--own-amounts", help="Let each expert of 'experts' keep its own amount, not the same.")
@@ -79,7 +82,7 @@ def experiment_command(
     routers compares all routers at one ratio, presses single presses, combos combinations of them, sensitivity one press at
     rising ratios, experts every retention expert alone, benchmark single presses and a combination more often, eplb_duo
     EPLB routing with DuoAttention, DuoAttention and no compression in pairs, calibration trained routers beside all that they
-    have to be better than.
+    have to be better than, mix how much to evict and how much to quantise at equal bytes.
     Ctrl-C saves what is finished. Writes results.csv (every run), summary.csv, results.json and report.html.
 
     Examples:

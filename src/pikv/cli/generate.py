@@ -62,12 +62,13 @@ def generate_command(
     from transformers import TextStreamer
 
     from pikv.generation.document import open_document
+    from pikv.presses.own_failures import failures_explained
     from pikv.presses.spec import as_press
 
     chosen = as_press(press)
     options = sampling(temperature)
     loaded, tokenizer = load_seeded(model, device, dtype, attn_implementation, calibration, seed)
-    with busy("reading the prompt"):
+    with busy("reading the prompt"), failures_explained(press):
         document = open_document(
             loaded,
             tokenizer,
@@ -81,5 +82,6 @@ def generate_command(
             system=system,
         )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = document.ask(max_new_tokens=max_new_tokens, streamer=streamer, options=options)
+    with failures_explained(press):
+        answer = document.ask(max_new_tokens=max_new_tokens, streamer=streamer, options=options)
     say_what_was_kept(document, answer.seconds)

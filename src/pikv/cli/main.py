@@ -68,7 +68,8 @@ def main() -> None:
     except ValueError as error:
         status = _say(error, 2)
     except OSError as error:
-        status = _say(error, 1)
+        is_output = error.strerror and not error.filename  # files are named where they cannot be written
+        status = _say(f"cannot print: {error.strerror}" if is_output else error, 1)
     except Exception as error:
         # Typer brings its own copy of click, or uses click's: what both raise for bad options has these two attributes.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):

@@ -1,13 +1,12 @@
 """What options of several commands share."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pikv.tasks.text_file import read_text_file
+from pikv.tasks.text_file import named, read_text_file
 
 ModelOption = Annotated[str, typer.Option(help="A hub id, a local folder, or 'demo'.")]
 PressOption = Annotated[
@@ -46,12 +45,9 @@ def read_text(name: str) -> str:
     Raises:
         ValueError: if it cannot be read, or is empty.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else read_text_file(name)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read standard input: {error}") from None
+    text = read_text_file(name)
     if not text.strip():
-        raise ValueError(f"{'standard input' if name == '-' else name} holds no text")
+        raise ValueError(f"{named(name)} holds no text")
     return text
 
 

@@ -33,8 +33,10 @@ from pikv.evaluation.router_calibration import Keep, calibrate_for, waits_for_tr
 from pikv.evaluation.runner import run_plan, what_is_missing
 from pikv.evaluation.tasks.base import Task
 from pikv.evaluation.tasks.text import TextTask
-from pikv.evaluation.trial import failures_explained, try_methods
+from pikv.evaluation.trial import try_methods
 from pikv.generation.document import check_positions
+from pikv.presses.own_failures import failures_explained
+from pikv.tasks.text_file import check_read_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class CompareConfig(EvaluationConfig):
             raise ValueError("a question of your own needs a context of your own (--context FILE)")
         if any(not question.strip() for question in self.questions):
             raise ValueError("the question is empty")
+        check_read_once(self.context, self.questions_file)
 
     def check(self) -> None:
         """Makes sure of all that needs no model: methods, and the files of the user's own text.
@@ -160,7 +163,7 @@ def prepare(
 
 
 def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Costs | None = None) -> Result:
-    """Measures quality, then time and memory, of every method; one that fails on the way is left out, and a note says why.
+    """Measures quality, then time and memory, of every method; a method that fails is left out, and a note says why.
 
     Where the user interrupts, the result has what was finished until then.
 
@@ -192,7 +195,7 @@ def compare(config: CompareConfig, plan: Plan, progress: ProgressBar, costs: Cos
 def _check_methods(model: Any, methods: Sequence[Method], token_ids: Sequence[int]) -> None:
     """Binds methods to the model, and lets each read a few tokens."""
     for method in methods:
-        with failures_explained(method):
+        with failures_explained(method.name):
             method.press().bind(model)
     try_methods(model, methods, token_ids)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv.evaluation.methods import Method
-from pikv.evaluation.trial import failures_explained
 from pikv.hf.shape import num_positions
+from pikv.presses.own_failures import failures_explained
 
 QUESTION_TOKENS = 16
 """Positions that are left for a question."""
@@ -43,7 +43,7 @@ def check_lengths(model: Any, methods: Sequence[Method], lengths: Sequence[int],
 def check_kept(methods: Sequence[Method], num_tokens: int) -> None:
     """Raises ValueError if a method would keep nothing of a context of ``num_tokens`` tokens."""
     for method in methods:
-        with failures_explained(method):
+        with failures_explained(method.name):
             smallest = method.press().min_kept(num_tokens)
         if smallest < 1:
             raise ValueError(f"method {method.name!r} would keep no token of a context of {num_tokens} tokens")

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pikv.tasks.text_file import read_text_file
+from pikv.tasks.text_file import named, read_text_file
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class OwnQuestion:
 
 
 def read_questions(path: Path) -> list[OwnQuestion]:
-    """Reads a file with one question a line, as text or as JSON; empty lines are passed over.
+    """Reads a file, or standard input for ``-``, with one question a line, as text or as JSON; empty lines are passed over.
 
     A line is a question, a question and its expected answer with a tab between them, or an object such as
     ``{"question": "Who signed?", "answer": "Ann"}``, whose answer may be missing.
@@ -28,7 +27,7 @@ def read_questions(path: Path) -> list[OwnQuestion]:
     Raises:
         ValueError: if the file cannot be read or has no question, and for a line that is none of these, with its number.
     """
-    return list(_parsed(path, read_text_file(path, "questions")))
+    return list(_parsed(named(path), read_text_file(path, "questions")))
 
 
 def read_context(path: Path) -> str:
@@ -37,9 +36,9 @@ def read_context(path: Path) -> str:
     Raises:
         ValueError: if it cannot be read, or is empty.
     """
-    text = sys.stdin.read() if str(path) == "-" else read_text_file(path, "context")
+    text = read_text_file(path, "context")
     if not text.strip():
-        raise ValueError(f"the context is empty: {path}")
+        raise ValueError(f"the context is empty: {named(path)}")
     return text
 
 
@@ -49,20 +48,20 @@ def contains_answer(given: str, expected: str) -> bool:
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
 
 
-def _parsed(path: Path, text: str) -> Iterator[OwnQuestion]:
+def _parsed(source: str, text: str) -> Iterator[OwnQuestion]:
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path} has no questions")
+        raise ValueError(f"{source} has no questions")
     for number, line in lines:
         if line.lstrip().startswith("{"):
             found = _from_json(line)
             if found is None:
-                raise ValueError(f'{path}:{number} is not a question as JSON, {{"question": "...", "answer": "..."}}')
+                raise ValueError(f'{source}:{number} is not a question as JSON, {{"question": "...", "answer": "..."}}')
             yield found
         else:
             question, tab, answer = line.partition("\t")
             if not question.strip() or (tab and not _words(answer)):
-                raise ValueError(f"{path}:{number} has no {'answer' if question.strip() else 'question'} beside its tab")
+                raise ValueError(f"{source}:{number} has no {'answer' if question.strip() else 'question'} beside its tab")
             yield OwnQuestion(question.strip(), answer.strip() if tab else None)
 
 

@@ -13,7 +13,7 @@ from pikv.evaluation.methods import FULL, Method
 from pikv.evaluation.plan import Plan
 from pikv.evaluation.results import Measurement, Quality
 from pikv.evaluation.timing import measure, warm_up
-from pikv.evaluation.trial import describe_failure
+from pikv.presses.own_failures import describe_failure
 
 log = logging.getLogger(__name__)
 
@@ -151,4 +151,4 @@ class _Running:
             if not self.may_fail or method.name == FULL:
                 raise
             log.debug("%s failed", method.name, exc_info=True)
-            self.outcome.failed[method.name] = describe_failure(method, error)
+            self.outcome.failed[method.name] = describe_failure(method.name, error)

@@ -1,12 +1,13 @@
 """One context, many questions: ``pikv.ask``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from pikv.generation.document import open_document
 from pikv.generation.result import Answers
+from pikv.generation.turns import turn
 from pikv.hf.cache import PiKVCache
 from pikv.presses.base import BasePress
 from pikv.presses.spec import as_press
@@ -44,7 +45,8 @@ def ask(
         enable_thinking: what the chat template is told about thinking before the answer
         answer_prefix: what every answer begins with; it is not repeated in the answer
         cache: that holds the context already, such as ``answers.cache`` or a file that ``PiKVCache.load`` read; or an empty
-            one to read it into. A cache of the context must have been read with the same template and system message
+            one to read it into. A cache of the context must have been read with the same template and system message.
+            Threads that ask one cache wait for each other; copies (``cache.select([0])``) are asked side by side
         streamer: of transformers, ``TextStreamer(tokenizer, skip_prompt=True)`` for one: is handed each question as the
             prompt, then its answer's tokens as they come
         progress: is called with the number of tokens of every chunk that was read
@@ -57,6 +59,8 @@ def ask(
         ValueError: before anything is read, for an empty context or question, what exceeds the positions of the model, a cache
             of another context, options that ``generate`` does not know, and whatever the press or the chat template refuses.
     """
+    if not isinstance(questions, str | Iterable):
+        raise ValueError(f"questions must be a text or several, not {questions!r}")
     asked = [questions] if isinstance(questions, str) else list(questions)
     if not asked:
         raise ValueError("there is no question to answer")
@@ -65,23 +69,24 @@ def ask(
             raise ValueError(
                 "a question is empty" if isinstance(question, str) else f"a question must be a text, not {question!r}"
             )
-    document = open_document(
-        model,
-        tokenizer,
-        context,
-        as_press(press),
-        questions=asked,
-        cache=cache,
-        chunk_size=chunk_size,
-        max_new_tokens=max_new_tokens,
-        options=options,
-        progress=progress,
-        chat_template=chat_template,
-        system=system,
-        enable_thinking=enable_thinking,
-        answer_prefix=answer_prefix,
-    )
-    details = [document.ask(question, max_new_tokens=max_new_tokens, streamer=streamer, options=options) for question in asked]
-    for layer in document.cache.ragged_layers:
-        document.cache.rows(layer).fit()  # answers needed capacity
+    with turn(cache):
+        document = open_document(
+            model,
+            tokenizer,
+            context,
+            as_press(press),
+            questions=asked,
+            cache=cache,
+            chunk_size=chunk_size,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            progress=progress,
+            chat_template=chat_template,
+            system=system,
+            enable_thinking=enable_thinking,
+            answer_prefix=answer_prefix,
+        )
+        details = [document.ask(each, max_new_tokens=max_new_tokens, streamer=streamer, options=options) for each in asked]
+        for layer in document.cache.ragged_layers:
+            document.cache.rows(layer).fit()  # answers needed capacity
     return Answers(details=details, cache=document.cache, stats=document.stats)

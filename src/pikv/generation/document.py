@@ -13,8 +13,9 @@ from pikv.generation.prompt import PromptText, warn_of_unknown, write_prompt
 from pikv.generation.reading import read
 from pikv.generation.result import Answer, ContextStats
 from pikv.hf.cache import PiKVCache
+from pikv.hf.identity import check_same_model, model_signature
 from pikv.hf.shape import num_positions
-from pikv.hf.support import check_supported
+from pikv.hf.support import check_generates, check_supported
 from pikv.presses.base import BasePress
 from pikv.presses.none import NoCompressionPress
 
@@ -94,6 +95,7 @@ def open_document(
         ValueError: for whatever ``ask`` refuses.
     """
     check_supported(model)
+    check_generates(model)
     check_options(max_new_tokens, options or {})
     if chunk_size is not None:
         check_count(chunk_size, "chunk_size", 2)
@@ -101,7 +103,11 @@ def open_document(
     if context is None and not was_read:
         raise ValueError("give a context to read, or a cache that holds one")
     if context is not None and (not isinstance(context, str) or not context.strip()):
-        raise ValueError("the context is empty" if isinstance(context, str) else f"the context must be a text, not {context!r}")
+        raise ValueError(
+            "the context is empty"
+            if isinstance(context, str)
+            else f"the context must be a text, not a {type(context).__name__}"
+        )
     prompt = write_prompt(tokenizer, context or "", has_questions=can_be_asked, **template)
     ids = None if context is None else _cut(prompt.context_ids(tokenizer), max_context_tokens)
     continued = prompt.question_ids(tokenizer, "") if prompt.after else []
@@ -156,6 +162,10 @@ def _was_read(cache: Any, model: Any, press: BasePress) -> bool:
             f"this cache carries {cache.press!r}, which would compress questions and answers, too: give press= in its place, "
             "or let go of it with cache.press = None"
         )
+    try:
+        check_same_model(model_signature(cache.config), model_signature(model.config))
+    except ValueError as error:
+        raise ValueError(f"the cache is of another model: {error}") from None
     if cache.get_seq_length() == 0:
         return False
     rows = cache.rows(cache.ragged_layers[0])
@@ -191,11 +201,19 @@ def _check_questions(
     for question, question_ids in zip(questions, asked, strict=True):
         if not question_ids:
             raise ValueError(f"the tokenizer makes no tokens of the question {question!r}")
-        warn_of_unknown(tokenizer, question_ids, "question")
+    question_tokens = [token for each in asked for token in each]
+    _check_vocabulary(model, [*(ids or ()), *continued, *question_tokens])
+    warn_of_unknown(tokenizer, question_tokens, "question" if len(asked) == 1 else "questions")
     longest = max((len(question_ids) for question_ids in asked), default=len(continued))
     check_positions(model, num_context, longest, max_new_tokens)
     if ids and read_before is None:
         warn_of_unknown(tokenizer, ids, "context")
+
+
+def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size and ids and max(ids) >= size:
+        raise ValueError(f"the tokenizer is of another model: it makes token {max(ids)}, the model has {size} tokens")
 
 
 def _stats(cache: PiKVCache, seconds: float) -> ContextStats:

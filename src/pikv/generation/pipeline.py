@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import Pipeline
 
+from pikv.checks import check_count
+
 # What reads and answers is imported when it is used: transformers imports this file with its pipelines.
 
 
@@ -54,17 +56,17 @@ class PiKVTextGenerationPipeline(Pipeline):
             raise ValueError("give a question or questions, not both")
         asking: dict[str, Any] = {}
         if question is not None:
-            asking = {"questions": [question]}
+            asking = {"questions": [_checked(question, "the question")]}
         elif questions is not None:
-            asking = {"questions": [questions] if isinstance(questions, str) else list(questions)}
+            several = [questions] if isinstance(questions, str) or not isinstance(questions, Iterable) else questions
+            asking = {"questions": [_checked(each, "a question") for each in several]}
         is_single = {"is_single": questions is None} if question is not None or questions is not None else {}
         return reading, {**arguments, **asking}, is_single
 
     def preprocess(self, context: str, max_context_length: int | None = None) -> dict[str, Any]:
-        if not isinstance(context, str):
-            raise ValueError(f"the context must be a text, not {context!r}")
-        if max_context_length is not None and max_context_length < 1:
-            raise ValueError(f"max_context_length must be at least 1, not {max_context_length!r}")
+        _checked(context, "the context")
+        if max_context_length is not None:
+            check_count(max_context_length, "max_context_length")
         return {"context": context, "max_context_length": max_context_length}
 
     def _forward(
@@ -82,34 +84,44 @@ class PiKVTextGenerationPipeline(Pipeline):
         **options: Any,
     ) -> dict[str, list[str]]:
         from pikv.generation.document import open_document
+        from pikv.generation.turns import turn
         from pikv.hf.cache import PiKVCache, is_empty_dynamic
         from pikv.presses.spec import as_press
 
+        if not isinstance(inputs["context"], str):
+            raise ValueError("contexts are read one after the other: leave batch_size out")
         press = as_press(press)
         if is_empty_dynamic(cache):
             PiKVCache.adopt(cache, self.model.config)
         asked = [question for question in questions if question]
         if asked and len(asked) < len(questions):
             raise ValueError("a question is empty")
-        document = open_document(
-            self.model,
-            self.tokenizer,
-            inputs["context"],
-            press,
-            questions=asked,
-            cache=cache,
-            chunk_size=chunk_size,
-            max_new_tokens=max_new_tokens,
-            max_context_tokens=inputs["max_context_length"],
-            options=options,
-            can_be_asked=bool(asked),
-            chat_template=chat_template,
-            system=system,
-            enable_thinking=enable_thinking,
-            answer_prefix=answer_prefix or "",
-        )
-        answers = [document.ask(each, max_new_tokens=max_new_tokens, options=options) for each in questions or [""]]
+        with turn(cache):
+            document = open_document(
+                self.model,
+                self.tokenizer,
+                inputs["context"],
+                press,
+                questions=asked,
+                cache=cache,
+                chunk_size=chunk_size,
+                max_new_tokens=max_new_tokens,
+                max_context_tokens=inputs["max_context_length"],
+                options=options,
+                can_be_asked=bool(asked),
+                chat_template=chat_template,
+                system=system,
+                enable_thinking=enable_thinking,
+                answer_prefix=answer_prefix or "",
+            )
+            answers = [document.ask(each, max_new_tokens=max_new_tokens, options=options) for each in questions or [""]]
         return {"answers": [answer.text for answer in answers]}
 
     def postprocess(self, outputs: dict[str, list[str]], is_single: bool = True) -> dict[str, Any]:
         return {"answer": outputs["answers"][0]} if is_single else {"answers": outputs["answers"]}
+
+
+def _checked(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a text, not a {type(text).__name__}")
+    return text

@@ -28,7 +28,7 @@ class PromptText:
 
     def context_ids(self, tokenizer: Any) -> list[int]:
         """The tokens of ``before``."""
-        ids: list[int] = tokenizer(self.before, add_special_tokens=not self.is_chat)["input_ids"]
+        ids = _tokens(tokenizer, self.before, add_special_tokens=not self.is_chat)
         eos = getattr(tokenizer, "eos_token", None)
         # Some tokenizers close every text, and this one goes on.
         while eos and ids and ids[-1] == tokenizer.eos_token_id and not self.before.endswith(eos):
@@ -62,6 +62,8 @@ def write_prompt(
     Raises:
         ValueError: if a template is asked for and there is none, or it cannot show these messages.
     """
+    if not isinstance(answer_prefix, str):
+        raise ValueError(f"answer_prefix must be a text, not {answer_prefix!r}")
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise ValueError(f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -100,15 +102,22 @@ def _apply_template(tokenizer: Any, context: str, system: str | None, enable_thi
 
 def _continuation(tokenizer: Any, text: str) -> list[int]:
     """The tokens of text that follows a line break; some tokenizers put a space before what begins a text."""
-    line_break: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    joined: list[int] = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
-    if joined[: len(line_break)] == line_break:
-        return joined[len(line_break) :]
-    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return alone
+    line_break = _tokens(tokenizer, "\n")
+    joined = _tokens(tokenizer, "\n" + text)
+    return joined[len(line_break) :] if joined[: len(line_break)] == line_break else _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # tokenizers call this an input of the wrong type
+        wrong = ascii(text[error.start : error.end])
+        raise ValueError(f"the text holds {wrong}, which is no character: it was not read as UTF-8") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    return ids
 
 
 def warn_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
-    """Warns where more than a tenth of the tokens are none that the tokenizer knows."""
+    """Warns where the tokenizer does not know all of the tokens."""
     if said := said_of_unknown(tokenizer, ids, what):
         warnings.warn(said, stacklevel=2)

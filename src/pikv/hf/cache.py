@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from pikv.hf.attention import attach
 from pikv.hf.batch import BatchedCache
-from pikv.hf.identity import check_same_model, model_signature
+from pikv.hf.identity import check_config, check_same_model, model_signature
 from pikv.hf.marks import CacheMark
 from pikv.hf.shape import text_config
 from pikv.hf.storage import read_layers, unpack_layer, write_layers
@@ -40,9 +40,7 @@ class PiKVCache(BatchedCache):
 
     def _make(self, config: Any, press: Any) -> None:
         """Makes an empty cache, which the model's attention does not lead to yet."""
-        if not hasattr(config, "get_text_config"):
-            hint = "model.config, not the model itself" if hasattr(config, "config") else f"a model's config, not {config!r}"
-            raise ValueError(f"PiKVCache takes {hint}")
+        check_config(config)
         super().__init__(text_config(config))
         self._press = press
 

@@ -20,6 +20,8 @@ def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path} is no regular file")
+    if not target.parent.is_dir():
+        raise OSError(f"there is no folder {target.parent}")
     prefix, suffix = f".{target.name}.", ".part"
     remove_unfinished(target.parent, prefix, suffix)
     part = target.with_name(unfinished_name(prefix, suffix))

@@ -21,8 +21,16 @@ _IMMATERIAL = re.compile(
 )
 
 
+def check_config(config: Any) -> None:
+    """Raises ValueError for what is no configuration of a model, such as the model itself."""
+    if not hasattr(config, "get_text_config"):
+        hint = "model.config, not the model itself" if hasattr(config, "config") else f"a model's config, not {config!r}"
+        raise ValueError(f"PiKVCache takes {hint}")
+
+
 def model_signature(config: Any) -> ModelSignature:
     """What decides over the keys of a model's decoder: its configuration without what is immaterial, as JSON has it."""
+    check_config(config)
     facts: ModelSignature = json.loads(json.dumps(_material(text_config(config).to_dict()), default=str))
     return facts
 

@@ -41,7 +41,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.forward_pass.check(key_states.shape[-2], self.cumulative_length)
         if self.cumulative_length:
-            check_alike(self.keys, self.keys.shape[0], key_states)
+            try:
+                check_alike(self.keys, self.keys.shape[0], key_states)
+            except ValueError:
+                self.forward_pass.cancel()
+                raise
         self.forward_pass.enter(self)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = self._let_go(self.keys), self._let_go(self.values)

@@ -7,6 +7,7 @@ type, shape and checksum) and ``checksum`` (of the contents). So whatever was da
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def _read_whole(path: str, signature: ModelSignature) -> tuple[State, Tensors]:
 
 def _identity(path: str) -> tuple[int, ...]:
     status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is a folder")
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -65,6 +65,12 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     }
 
 
+def check_generates(model: Any) -> None:
+    """Raises ValueError for a model that has no head, such as what ``AutoModel`` loads, and so says no next token."""
+    if not getattr(model, "can_generate", bool)():
+        raise ValueError(f"{type(model).__name__} says no next token; load the model with AutoModelForCausalLM")
+
+
 def check_supported(model: Any) -> None:
     """Raises ValueError, with the reason, for a model that PiKV cannot compress rightly."""
     config = getattr(model, "config", None)

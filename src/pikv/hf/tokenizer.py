@@ -18,9 +18,11 @@ def tokenizer_of(model: Any) -> Any:
 
 
 def said_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> str | None:
-    """What is said where the tokenizer does not know more than a tenth of the tokens of ``what``; else None."""
+    """What is said where the tokenizer does not know all tokens of ``what``, and what it means if they are many; else None."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     found = 0 if unknown is None else sum(token == unknown for token in ids)
-    if found <= _MANY_UNKNOWN * len(ids):
+    if not found:
         return None
-    return f"the tokenizer does not know {found:,} of the {len(ids):,} tokens of the {what}: the model cannot tell them apart"
+    tokens = f"{found:,} of the {len(ids):,} tokens" if len(ids) > 1 else "the one token"
+    meaning = ": the model cannot tell them apart" if found > _MANY_UNKNOWN * len(ids) else ""
+    return f"the tokenizer does not know {tokens} of the {what}{meaning}"

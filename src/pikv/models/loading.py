@@ -60,19 +60,29 @@ def _set_attention(model: Any, attn_implementation: str) -> None:
 def _load_pretrained(name: str, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    is_local = Path(name).exists() or name.startswith((".", "/", "~"))
+    is_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith("/")
     if is_local and not (Path(name) / "config.json").is_file():
         raise ValueError(f"cannot read a model from {name}: there is no config.json")
     try:
         config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _load_tokenizer(AutoTokenizer, name, is_local)
         # Meta weights first: whether the architecture is supported is known before gigabytes are read.
         with torch.device("meta"):
             check_supported(AutoModelForCausalLM.from_config(config))
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # whatever is wrong with foreign files, the user gets one line
-        raise ValueError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        place = "" if is_local else ", which is no folder here"
+        raise ValueError(f"cannot load model {name!r}{place}: {_first_line(error)}") from error
     return model, tokenizer
+
+
+def _load_tokenizer(auto: Any, name: str, is_local: bool) -> Any:
+    try:
+        return auto.from_pretrained(name)
+    except Exception as error:
+        if not is_local or any(Path(name).glob("*token*")):
+            raise
+        raise ValueError(f"the folder has no tokenizer; save it there: tokenizer.save_pretrained({name!r})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv.hf.cache import PiKVCache
+from pikv.hf.support import check_generates
 from pikv.presses.base import BasePress
 from pikv.presses.none import NoCompressionPress
 
@@ -42,8 +43,11 @@ def prefill(
         raise ValueError(f"chunk_size must be at least 2 (single tokens are not compressed), not {chunk_size}")
     if not isinstance(cache, PiKVCache):
         raise ValueError(f"prefill needs a PiKVCache, not a {type(cache).__name__}")
+    if press is not None and not isinstance(press, BasePress):
+        raise ValueError(f"prefill takes a press, not {press!r}; get_press makes one from a specification")
     if press is not None and cache.press is not None and cache.press is not press:
         raise ValueError(f"this cache carries a press of its own, {cache.press!r}; leave the other one out")
+    check_generates(model)
     _check_mask(attention_mask, input_ids, cache)
     with (press or NoCompressionPress())(model):
         return read_in_chunks(model, input_ids, cache, chunk_size=chunk_size, attention_mask=attention_mask, progress=progress)

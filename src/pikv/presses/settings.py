@@ -25,7 +25,7 @@ class Adjustable:
     alternatives: ClassVar[tuple[str, ...]] = ("compression_ratio", "budget", "max_bytes", "head_compression_ratio")
     """Arguments of which setting one takes back the others."""
 
-    made_of_settings: ClassVar[tuple[str, ...]] = ("scorer", "budget", "amount", "trigger", "spans")
+    made_of_settings: ClassVar[tuple[str, ...]] = ("scorer", "budget", "amount", "trigger", "spans", "format")
     """Attributes that a constructor makes of several arguments, and that follow when one of these is set."""
 
     def __init_subclass__(cls, **options: Any) -> None:

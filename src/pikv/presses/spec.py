@@ -71,7 +71,13 @@ def as_press(press: Any) -> BasePress:
         return NoCompressionPress()
     if isinstance(press, str):
         return get_press(press)
-    return press if isinstance(press, BasePress) else from_kvpress(press)
+    if isinstance(press, BasePress):
+        return press
+    if isinstance(press, type) and issubclass(press, BasePress):
+        raise ValueError(f"{press.__name__} is a class: give a press, {press.__name__}(...)")
+    if not callable(press):  # presses of kvpress are, with a model
+        raise ValueError(f"a press, a specification such as 'snapkv:0.75' or None is expected, not a {type(press).__name__}")
+    return from_kvpress(press)
 
 
 def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
@@ -89,6 +95,10 @@ def _build(name: str, inner: str | None, options: dict[str, Any]) -> BasePress:
         return _wrap(entry, inner or wraps, options) if wraps else entry.kind(**entry.info.options, **options)
     except TypeError as error:
         raise ValueError(f"press {name!r}: {error}") from None
+    except Exception as error:
+        if FILE_SEPARATOR not in name or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"press {name!r}: {type(error).__name__}: {error}") from error  # a user's own constructor
 
 
 def _by_name(name: str) -> PressEntry:

@@ -48,7 +48,8 @@ class ThinKPress(StoragePress):
         num_sinks: int = 4,
         skip_layers: Sequence[int] = (),
     ) -> None:
-        super().__init__(num_sinks=num_sinks, window_size=window_size, skip_layers=skip_layers)
+        # Which channels queries read is known once they come: there is nothing to be tried beforehand.
+        super().__init__(num_sinks=num_sinks, window_size=window_size, skip_layers=skip_layers, check=False)
         check_count(window_size, "window_size")
         ratio = check_ratio(key_channel_compression_ratio, "key_channel_compression_ratio")
         self.key_channel_compression_ratio = ratio

@@ -88,7 +88,8 @@ def _logits(queries: Tensor, keys: PackedCodes, group: int, start: int, stop: in
         products.baddbmm_(scaled[..., channels], numbers.unflatten(1, (size, group)).flatten(0, 1).transpose(1, 2))
     products = products.unflatten(0, (-1, size))
     products += (queries.unsqueeze(1) @ lowest.unsqueeze(3)).expand_as(products)
-    return products.transpose(1, 2).flatten(2)
+    logits: Tensor = products.transpose(1, 2).flatten(2)
+    return logits
 
 
 def _weighted(weights: Tensor, values: PackedCodes, channel_group: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +14,8 @@ from pikv.attention.params import AttentionParams
 from pikv.attention.partial import attend_part, merge_parts
 from pikv.registry import Registry
 
-_CHUNK_TOKENS = 4096  # that are decoded at a time
+CHUNK_TOKENS = 4096
+"""Tokens that are decoded at a time, at most."""
 _LARGEST = 1e38  # beyond, differences of two numbers overflow
 
 _Segment = TypeVar("_Segment", bound="type[Segment]")
@@ -128,15 +129,7 @@ class Segment(ABC):
             the output ``[n, H / G, t, Dv]``, and its log-sum-exp ``[n, H / G, t]`` (float32), which may be None where it is not
             needed
         """
-        parts = []
-        for start in range(0, self.length, _CHUNK_TOKENS):
-            stop = min(start + _CHUNK_TOKENS, self.length)
-            keys, values = self.dense(start, stop)
-            # A query that sees nothing of a chunk has a log-sum-exp of minus infinity there, and merging leaves it out.
-            own_start = self.length - num_own - start if num_own else None
-            parts.append(attend_part(queries, keys, values, params, own_start))
-        output, logsumexp = merge_parts(parts)
-        return output, logsumexp
+        return attend_in_chunks(queries, self.length, self.dense, params, num_own)
 
     def join(self, later: Segment) -> Segment | None:
         """These tokens and ``later`` ones of the same rows in one new segment; None where that would change what is stored."""
@@ -157,6 +150,25 @@ class Segment(ABC):
         if with_values:
             assert bool(keys.isfinite().all()), "uninitialised keys"
             assert bool(values.isfinite().all()), "uninitialised values"
+
+
+def attend_in_chunks(
+    queries: Tensor,
+    length: int,
+    read: Callable[[int, int], tuple[Tensor, Tensor]],
+    params: AttentionParams,
+    num_own: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """What ``Segment.attend`` gives back, for ``length`` tokens of which ``read`` decodes those from a start to a stop."""
+    parts = []
+    for start in range(0, length, chunk_tokens):
+        stop = min(start + chunk_tokens, length)
+        keys, values = read(start, stop)
+        # A query that sees nothing of a chunk has a log-sum-exp of minus infinity there, and merging leaves it out.
+        own_start = length - num_own - start if num_own else None
+        parts.append(attend_part(queries, keys, values, params, own_start))
+    return merge_parts(parts)
 
 
 def check_finite(keys: Tensor, values: Tensor) -> None:

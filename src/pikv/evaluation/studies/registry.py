@@ -3,6 +3,7 @@
 from pikv.evaluation.studies.base import Builder, Study
 from pikv.evaluation.studies.calibration import CALIBRATION
 from pikv.evaluation.studies.eplb_duo import EPLB_DUO_STUDY
+from pikv.evaluation.studies.mix import MIX
 from pikv.evaluation.studies.presses import COMBINATIONS, duo_and_router, expert_alone, routed, router_presses, single_presses
 from pikv.registry import unknown
 from pikv.routing.experts import EXPERTS
@@ -57,6 +58,7 @@ STUDIES = {
         ),
         EPLB_DUO_STUDY,
         CALIBRATION,
+        MIX,
     )
 }
 

@@ -19,6 +19,7 @@ from pikv.evaluation.studies.base import RouterSettings, Study
 from pikv.evaluation.studies.data import DATA_SETS, Data, DataSettings
 from pikv.evaluation.summary import summary_frame
 from pikv.registry import unknown
+from pikv.router_defaults import CAPACITY_FACTOR, NUM_EXPERTS
 from pikv.routing.experts import default_experts
 from pikv.routing.factory import ROUTERS, default_top_k
 
@@ -48,9 +49,9 @@ class StudyConfig(EvaluationConfig):
     repeats: int | None = None
     passes: int = 3
     num_new_tokens: int | None = None
-    num_experts: int = 4
+    num_experts: int = NUM_EXPERTS
     top_k: int | None = None
-    capacity_factor: float = 1.5
+    capacity_factor: float = CAPACITY_FACTOR
     cache_aware: bool = True
     own_amounts: bool = False
     hidden_size: int = 512
