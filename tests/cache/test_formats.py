@@ -7,8 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv.attention.params import AttentionParams
-from pikv.attention.partial import attend_part
 from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError

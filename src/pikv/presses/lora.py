@@ -84,8 +84,8 @@ class LoRAPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """As for low rank: half the numbers of the bundled model's heads, which answer as all do, are off by as much."""
-        return 0.8
+        """The bundled model answers right with half the numbers of a head, off by 0.38, and often wrong with a quarter, by 0.73."""
+        return 0.6
 
     def format_of(self, model: Any, layer_idx: int) -> LoraMaps:
         dim = head_dim(model.config)
