@@ -201,3 +201,16 @@ def test_distillation_learns_attention_rather_than_keys():
     with pytest.raises(ValueError, match=r"queries of shape \[2, 3, 20, 8\] do not fit keys \[2, 2, T, 8\]"):
         student.fit(keys, values, queries=queries[:, :3])
     assert DistillationCompressor(16, 8).fit(keys, values, steps=3)["error_after"] <= 1
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_training_and_use_in_inference_mode(kind):
+    compressor = kind(12, 3)
+    with torch.inference_mode():
+        tokens = random_tokens(1, 30, 12)
+        one = compressor(*tokens)
+        fitted = compressor.fit(*tokens, torch.rand(1, 30), steps=3)
+        other = compressor(*tokens)
+    assert fitted["error_after"] <= fitted["error_before"]
+    assert one[0].shape == other[0].shape
+    compressor.key_map.up.sum().backward()  # the parameters are still such

@@ -163,3 +163,8 @@ def test_presses_of_compressors_are_those_known_by_name(llama):
         *_, one = run_turns(llama, compressor.to_press(llama), turns, steps=0)
         *_, other = run_turns(llama, press, turns, steps=0)
         assert str(one.positions(0)) == str(other.positions(0))
+
+
+def test_fastv_goes_by_the_attention_of_the_model(llama):
+    *_, cache = run_turns(llama, FastVCompressor(64, 0.75, start_layer=1).to_press(llama), [batch_of([40])], steps=0)
+    assert [cache.lengths(layer).unique().tolist() for layer in range(3)] == [[40], [10], [10]]

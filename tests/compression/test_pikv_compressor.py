@@ -6,9 +6,12 @@ import pytest
 import torch
 from compressors import random_tokens
 
+from oracle import run_turns
 from pikv.compression import PiKVCompressor
 from pikv.compression.pikv_compressor import METHODS
 from pikv.compression.tokens import Compressed, Tokens, lost_and_given, relative_error
+from pikv.presses import ComposedPress, LowRankPress, NoCompressionPress
+from tiny import batch_of
 
 HIDDEN = 16
 
@@ -179,3 +182,32 @@ def test_003_the_example_of_the_guide(capsys):
     assert capsys.readouterr().out == f"压缩率: {1 - stored / (keys.nbytes + values.nbytes):.2f}\n"
     assert lora_compressor(keys, values)[0].shape == keys.shape
     assert pyramid_compressor(keys, values)[0].shape == (1, 64, 64)
+
+
+def test_the_presses_of_a_chain_shrink_a_models_cache(llama):
+    """Of every layer the chain keeps as many tokens as its presses do, which store them in the same format."""
+    turns = [batch_of([60])]
+    options = {"pruning": {"compression_ratio": 0.4}, "quantized": {"bits": 8, "group_size": 4}}
+    compressor = PiKVCompressor(64, ["quantized", "pruning"], 1.0, adaptive_selection=False, options=options)
+    press = compressor.to_press(llama)
+    assert isinstance(press, ComposedPress)
+    press.presses[1].num_sinks = press.presses[1].window_size = 0
+    *_, cache = run_turns(llama, press, turns, steps=0)
+    *_, dense = run_turns(llama, NoCompressionPress(), turns, steps=0)
+    for layer in cache.ragged_layers:
+        keys, values = (each.unsqueeze(0) for each in dense.rows(layer).blocks[0].dense())
+        found, _ = compressor(keys, values)
+        (block,) = cache.rows(layer).blocks
+        assert {segment.format for segment in block.segments if segment.length} == {"int"}
+        assert block.dense()[0].unsqueeze(0).shape == found.shape
+    several = PiKVCompressor(64, ["lora", "svd"], adaptive_selection=False)
+    with pytest.raises(ValueError, match="a cache stores a token in one format, and lora, svd are several"):
+        several.to_press(llama)
+
+
+def test_the_press_of_a_choice_is_that_of_the_last_call(llama):
+    compressor = PiKVCompressor(64, ["svd", "pruning"], 1.0, options={"svd": {"rank": 16}}, compression_ratio=0.45)
+    compressor(*random_tokens(1, 200, 64, rank=16), torch.ones(1, 200))
+    assert compressor.last_methods == ("svd",)
+    press = compressor.to_press(llama)
+    assert isinstance(press, LowRankPress) and press.rank == 4  # a quarter of the channels, as of all heads together

@@ -20,6 +20,7 @@ class DistillationCompressor(LoRACompressor):
     method = "distillation"
     press_name = "distill"
 
+    @torch.inference_mode(False)
     def fit(
         self,
         keys: Tensor,
@@ -84,4 +85,4 @@ def _checked_queries(tokens: Tokens, queries: Tensor, num_dims: int) -> Tensor:
     if not bool(whole.isfinite().all()):
         raise ValueError("there are queries that are infinite or not a number")
     some: Tensor = whole[:, :, :: -(-whole.shape[2] // _MOST_QUERIES)].unflatten(1, (heads, -1))
-    return some.flatten(2, 3)
+    return some.flatten(2, 3).clone()

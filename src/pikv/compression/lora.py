@@ -72,6 +72,7 @@ class LoRACompressor(CodingCompressor):
 
         return Code(keys=key_codes, values=value_codes, code_bytes=numbers_bytes(key_codes, value_codes), decode=decode)
 
+    @torch.inference_mode(False)
     def fit(
         self,
         keys: Tensor,
@@ -118,7 +119,8 @@ class LoRACompressor(CodingCompressor):
 
     def _samples(self, keys: Tensor, values: Tensor, importance: Tensor | None) -> Tokens:
         """Samples that were checked; the matrices have begun."""
-        tokens = Tokens.of(keys, values, importance, self.hidden_size, type(self).__name__)
+        # Tensors of inference mode cannot be learned from; their copies can.
+        tokens = Tokens.of(keys.clone(), values.clone(), importance, self.hidden_size, type(self).__name__)
         if keys.numel() == 0:
             raise ValueError("there is nothing to learn from: no token was given")
         self._start(*(vectors for _, vectors in self._pairs(tokens)))

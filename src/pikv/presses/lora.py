@@ -84,7 +84,7 @@ class LoRAPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """The bundled model answers right with half the numbers of a head, off by 0.38, and often wrong with a quarter, by 0.73."""
+        """The bundled model is right with half the numbers of a head (off by 0.38), and often wrong with a quarter (0.73)."""
         return 0.6
 
     def format_of(self, model: Any, layer_idx: int) -> LoraMaps:

@@ -37,12 +37,7 @@ class AgeLevelsScorer(WrappingScorer):
         seen = view.seen.view(-1, 1, 1).to(scores.device)
         levels = ((seen - 1 - kept.positions) * self.num_levels // seen).masked_fill(~kept.valid, self.num_levels)
         is_of_level = torch.stack([levels == level for level in range(self.num_levels)])  # [levels, B, G, L]
-        held = is_of_level.sum(3).cpu()
-        sizes = torch.stack([age_sizes(int(count), self.num_levels) for count in view.seen])  # [B, levels]
-        counts = torch.zeros_like(held)
-        for b in range(held.shape[1]):
-            for g in range(held.shape[2]):
-                counts[:, b, g] = level_counts(sizes[b], held[:, b, g], int(view.budget[b, g]), self.decay_factor)
+        counts = self._counts(is_of_level.sum(3).cpu(), view)
         # A token's place among those of its level: by score, then by level, both in order.
         by_score = scores.argsort(dim=2, descending=True, stable=True)
         places = torch.zeros_like(levels)
@@ -53,6 +48,19 @@ class AgeLevelsScorer(WrappingScorer):
             places = torch.where(level, ranks, places)
             stays |= level & (ranks < count.unsqueeze(2))
         return stays.double() * 2 - places.double() / max(1, scores.shape[2])
+
+    def _counts(self, held: Tensor, view: LayerView) -> Tensor:
+        """How many tokens stay of those that each age holds, ``[levels, B, G]`` both (CPU)."""
+        known: dict[tuple[int, ...], Tensor] = {}  # most rows are alike
+        counts = torch.zeros_like(held)
+        for b, seen in enumerate(view.seen.tolist()):
+            for g, budget in enumerate(view.budget[b].tolist()):
+                key = (seen, budget, *held[:, b, g].tolist())
+                if key not in known:
+                    sizes = age_sizes(seen, self.num_levels)
+                    known[key] = level_counts(sizes, held[:, b, g], budget, self.decay_factor)
+                counts[:, b, g] = known[key]
+        return counts
 
 
 @register_press("pyramid", group="position")
