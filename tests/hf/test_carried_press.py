@@ -1,5 +1,6 @@
 """A cache that carries its press: compressed by it, without a block, and by no other."""
 
+import contextlib
 import gc
 import weakref
 
@@ -93,6 +94,22 @@ def test_it_changes_nothing_once_it_is_gone(llama):
     assert hooks_of(llama) == 0
     assert llama.config._attn_implementation == "sdpa"
     assert "generate" not in vars(llama)
+
+
+def test_ctrl_c_does_not_keep_it(llama):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    cache = PiKVCache(llama.config, press=SnapKVPress(0.5))
+    hook = llama.model.layers[1].register_forward_pre_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        llama(batch_of([20])[0], past_key_values=cache)
+    hook.remove()
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is None
+    assert hooks_of(llama) == 0
 
 
 def test_one_that_is_never_used_waits_no_longer_than_it_lives(llama):

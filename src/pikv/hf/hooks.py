@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -154,7 +155,8 @@ class ModelHooks:
             self.handles.append(decoder.register_forward_hook(after, always_call=True))
             for module in self.modules:
                 self.handles.append(module.register_forward_pre_hook(inside, with_kwargs=True))
-            self.handles.append(Uncompiled(decoder))  # compiled code cannot follow what a cache hands from call to call
+            # Compiled code cannot follow what a cache hands from call to call.
+            self.handles.append(Uncompiled(decoder, partial(end_pass, self.modules)))
         except BaseException:  # interrupted: nothing may stay that acts without the rest
             self.remove()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -40,13 +41,23 @@ class StandIn:
 
 
 class Uncompiled(StandIn):
-    """A module's ``forward`` that runs eagerly, where compiled code calls it too."""
+    """A module's ``forward`` that runs eagerly, where compiled code calls it too.
 
-    def __init__(self, module: nn.Module) -> None:
+    ``on_interrupt`` is called when it ends by Ctrl-C or the like, for which torch calls no hook.
+    """
+
+    def __init__(self, module: nn.Module, on_interrupt: Callable[[], object]) -> None:
+        self.on_interrupt = on_interrupt
         own = vars(module).get("forward")
         inner = getattr(own, "_torchdynamo_orig_callable", own)
         self.run = torch.compiler.disable(inner or functools.partial(type(module).forward, module))
         super().__init__(module, "forward")  # last: it may be called as soon as it hangs there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        try:
+            return self.run(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            self.on_interrupt()
+            raise
