@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv.attention.params import AttentionParams
+from pikv.attention.partial import attend_part
 from pikv.cache.coding.packing import WIDTHS, pack, packed_size, unpack
 from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError
@@ -142,6 +144,24 @@ def test_any_shape_and_size_of_numbers_is_decoded_to_finite_ones(format, num_row
     # A rotation hides that numbers are equal, and channels lose constant ones, too.
     if (kind == "zeros" and segment.format != "channels") or (kind == "constant" and segment.format in ("int", "svd")):
         torch.testing.assert_close(found, keys.to(dtype), rtol=1e-2, atol=0)
+
+
+@every_format
+@pytest.mark.parametrize("num_new", [1, 3, 40])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_attention_is_attention_over_what_is_decoded(format, length, num_new, softcap):
+    generator = torch.Generator().manual_seed(2)
+    for dims in ((24, 24), (64, 128), (10, 7)):
+        segment = encode(format, *random_tokens(3, length, dims))
+        queries = torch.randn(3, 2, num_new, dims[0], generator=generator)
+        params = AttentionParams(scaling=0.3, softcap=softcap)
+        for num_own in {0, min(num_new, length)}:
+            asked = queries[:, :, :num_own] if num_own else queries
+            found, logsumexp = segment.attend(asked, params, num_own)
+            expected, expected_logsumexp = attend_part(asked, *segment.dense(), params, length - num_own if num_own else None)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logsumexp, expected_logsumexp, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
