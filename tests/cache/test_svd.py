@@ -227,3 +227,10 @@ def test_a_file_brings_the_rotation_and_refuses_what_does_not_fit():
 def test_wrong_settings_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         SvdFormat(**settings)
+
+
+def test_more_directions_than_there_are_stay_finite_in_half_precision():
+    tokens = torch.full((1, 6, 33), 3.7, dtype=torch.float16)
+    segment = SvdFormat(energy=0.8, value_rank=4).encode(tokens, tokens)
+    segment.check_integrity()
+    torch.testing.assert_close(segment.dense()[1], tokens, rtol=1e-2, atol=0)

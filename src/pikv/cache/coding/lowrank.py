@@ -63,7 +63,8 @@ def factorize(
         return None
     # Both get a share of the size, which in float16 neither overflows nor vanishes so; powers of 2 leave the digits alone.
     sizes = squares[:, :used].sqrt()
-    shares = torch.where(sizes > 0, sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
+    # Sizes that are nothing but rounding beside the largest get none: they would blow up the rounding of the vectors.
+    shares = torch.where(sizes > 1e-6 * sizes[:, :1], sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
     basis = directions[:, :used] * shares
     inverse = directions[:, :used] / shares
     if ranks is not None:
