@@ -92,13 +92,13 @@ measure-picture: $(STAMP)  # measures what the picture shows
 
 # Screenshots of reports, picture and documentation, narrow and wide, light and dark, in build/screenshots; fails on errors of
 # the console, requests, overlapping labels and pages wider than the window. Needs Chromium; PAGES="NAME=FILE ..." adds pages.
-screenshots: $(STAMP)  # of reports, picture and documentation, checked
+screenshots: docs  # of reports, picture and documentation, checked
 	$(BIN)/pip install --quiet --editable ".[browser]"
 	rm -rf build/shown
 	$(BIN)/pikv compare --context-length 512 --long-context-length 2048 --num-contexts 2 --repeats 1 --out build/shown/compare
 	$(BIN)/pikv experiment combos --data demo --num-tokens 512 --num-contexts 2 --repeats 2 --out build/shown/study
 	$(BIN)/python tests/browser/pages.py --out build/screenshots compare=build/shown/compare/report.html \
-		study=build/shown/study/report.html docs/frontier.svg $(PAGES)
+		study=build/shown/study/report.html docs/frontier.svg home=site:index.html methods=site:methods/index.html $(PAGES)
 
 # The libraries that reports carry, as they are published.
 VENDOR := src/pikv/evaluation/report/vendor

@@ -17,7 +17,7 @@ def plain(value: Any) -> Any:
 def check_count(value: Any, name: str, least: int = 1) -> int:
     """Returns ``value`` as an int if it is a whole number of at least ``least``, else raises ValueError."""
     if not _is_number(value, Integral) or not least <= value <= _MOST:
-        most = f" and at most {_MOST}" if isinstance(value, Integral) and value > _MOST else ""
+        most = f" and at most {_MOST}" if _is_number(value, Integral) and value > _MOST else ""
         raise ValueError(f"{name} must be a whole number of at least {least}{most}, not {_said(value)}")
     return int(value)
 

@@ -41,7 +41,8 @@ def termination_interrupts() -> Iterator[Termination]:
 def interrupts_kept() -> Iterator[None]:
     """Raises KeyboardInterrupt after Ctrl-C or SIGTERM also where the block swallows it, as imports of compiled modules do."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
-    ours = {number: handler for number, handler in handlers.items() if _interrupts(handler)}  # else somebody else decides
+    # Where there is another handler, somebody else decides.
+    ours: dict[signal.Signals, Any] = {number: handler for number, handler in handlers.items() if _interrupts(handler)}
     came: list[type[KeyboardInterrupt]] = []
 
     def noting(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
