@@ -37,7 +37,7 @@ def cache_of(config: Any, keys: torch.Tensor, format: Format | None) -> PiKVCach
 
 @torch.inference_mode()
 def measure(model: Any, length: int, steps: int, rounds: int) -> dict[str, dict[str, float]]:
-    """By format the bytes, the median milliseconds of a step, and the median over the rounds of the ratio to the dense cache."""
+    """Bytes, median milliseconds of a step, and the median over the rounds of their ratio to the dense cache's, by format."""
     keys = torch.randn(1, model.config.num_key_value_heads, length, model.config.head_dim)
     caches = {name: cache_of(model.config, keys, format) for name, format in FORMATS.items()}
     token = torch.tensor([[1]])
