@@ -229,7 +229,7 @@ def test_sinks_and_the_newest_tokens_stay_dense():
 def test_too_few_tokens_are_not_sealed():
     rows, _, _ = sealed_rows(Sealing(format=IntFormat(), sinks=4, window=30), 97)
     assert layout(rows) == [[("dense", 97)]]
-    assert rows.num_losses == 0
+    assert rows.num_lossy_changes == 0
 
 
 def test_groups_are_joined_while_tokens_come_one_by_one():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-import formats  # noqa: F401 - registers one
+from formats import REVERSED
 from pikv import PiKVCache
 from pikv.cache.tokens import TokenMask
 from pikv.hf.forward_pass import ForwardPass
@@ -225,7 +225,7 @@ def test_any_rows_are_had_back(data, batch, heads, tmp_path):
             if data.draw(st.booleans()):
                 cache.rows(layer).keep(kept)
             if data.draw(st.booleans()):
-                cache.rows(layer).seal("reversed")
+                cache.rows(layer).seal(REVERSED)
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", config)
     for _ in range(2):

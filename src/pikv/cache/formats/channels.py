@@ -62,7 +62,7 @@ class ChosenChannels:
 
     Attributes:
         format: the settings
-        channels: of the rows, ``[n, Dk]`` (int16, ascending); of all rows of a layer until ``of_rows`` takes some
+        channels: of the rows, ``[n, Dk]`` (int16, ascending); of all rows of a layer until ``for_rows`` takes some
     """
 
     format: ChannelsFormat
@@ -72,7 +72,7 @@ class ChosenChannels:
     def group_size(self) -> int:
         return self.format.group_size
 
-    def of_rows(self, row_ids: Sequence[int]) -> ChosenChannels:
+    def for_rows(self, row_ids: Sequence[int]) -> ChosenChannels:
         return ChosenChannels(self.format, self.channels.index_select(0, index_tensor(row_ids, self.channels.device)))
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> ChannelsSegment:
