@@ -17,6 +17,7 @@ PAGES = [
     *(page for page in sorted((ROOT / "docs").glob("recipes/*.md")) if page != HARNESS),
     ROOT / "docs" / "quickstart.md",
     ROOT / "docs" / "kvpress.md",
+    ROOT / "docs" / "compression.md",
 ]
 
 

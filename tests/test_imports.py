@@ -27,6 +27,7 @@ FOLDERS = [
     "routing",
     "calibration",
     "presses",
+    "compression",
     "generation",
     "models",
     "evaluation",

@@ -14,6 +14,7 @@ from pikv.cache.coding.rope import Rope
 from pikv.cache.formats.base import FORMATS, NotFiniteError
 from pikv.cache.formats.channels import ChannelsFormat
 from pikv.cache.formats.int import IntFormat
+from pikv.cache.formats.lora import LoraFormat
 from pikv.cache.formats.svd import SvdFormat
 from pikv.cache.formats.turbo import TurboFormat
 from pikv.cache.rows import RaggedRows
@@ -36,6 +37,8 @@ EVERY_FORMAT = {
     "turbo:4": TurboFormat(),
     "turbo:3": TurboFormat(key_bits=3, value_bits=3, seed=1),
     "turbo, 2 bits for keys, 1 for values": TurboFormat(key_bits=2, value_bits=1),
+    "lora": LoraFormat(),
+    "lora, turned back": LoraFormat(rope=Rope(frequencies=(1.0, 0.1))),
 }
 every_format = pytest.mark.parametrize("format", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +62,7 @@ def assert_decodes_to(segment, keys, values):
 
 
 def assert_same(format, found, expected):
-    if format == "svd":  # a product of matrices, whose rounding goes by their sizes
+    if format in ("svd", "lora"):  # a product of matrices, whose rounding goes by their sizes
         torch.testing.assert_close(found, expected)
     else:
         assert torch.equal(found, expected)

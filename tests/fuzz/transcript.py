@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,9 +181,22 @@ class Transcript:
                 require(bool(logits.isfinite().all()), f"sequence {b}: logits at position {position} are not finite")
         if self.keys_moved:
             return
-        expected = oracle_logits(model, self.ids, self.mask, self.evictions())
+        if any(error > ATOL for _, _, error in self._errors(oracle_logits(model, self.ids, self.mask, self.evictions()))):
+            # For some words the oracle is itself not as exact in float32: in double precision it is.
+            exact = oracle_logits(in_double_precision(model), self.ids, self.mask, self.evictions())
+            for b, position, error in self._errors(exact):
+                require(error <= ATOL, f"sequence {b}: logits at position {position} are off by {error:.2g}")
+
+    def _errors(self, expected: Tensor) -> Iterator[tuple[int, int, float]]:
+        """By sequence and position, how far the logits are from those expected."""
         for b, sequence in enumerate(self.sequences):
             columns = self.mask[b].nonzero().flatten()
             for position, logits in sequence.logits.items():
-                error = float((logits - expected[b, columns[position]]).abs().max())
-                require(error <= ATOL, f"sequence {b}: logits at position {position} are off by {error:.2g}")
+                yield b, position, float((logits - expected[b, columns[position]]).abs().max())
+
+
+def in_double_precision(model: Any) -> Any:
+    """A copy of a model that computes in float64."""
+    model = copy.deepcopy(model).double()
+    model.config._experts_implementation = "eager"  # grouped products know no float64
+    return model

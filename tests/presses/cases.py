@@ -18,11 +18,13 @@ from pikv.presses import (
     KVzipPress,
     LagKVPress,
     LeverageScorePress,
+    LoRAPress,
     MoERouterPress,
     NoCompressionPress,
     NonCausalAttentionPress,
     ProtectedPress,
     PyramidKVPress,
+    PyramidPress,
     QFiltersPress,
     QuantizedPress,
     RandomPress,
@@ -42,6 +44,7 @@ PRESSES = {
     "adakv": lambda: AdaKVPress(SnapKVPress(0.6, window_size=8)),
     "adakv-h2o": lambda: AdaKVPress(H2OPress(0.5), alpha_safeguard=0.5),
     "pyramidkv": lambda: PyramidKVPress(0.5, window_size=4, kernel_size=3),
+    "pyramid": lambda: PyramidPress(0.6, num_levels=3, decay_factor=0.5),
     "cake": lambda: CAKEPress(0.5, window_size=8),
     "kvzip": lambda: KVzipPress(0.6, chunk_size=24),
     "kvzip-layerwise": lambda: KVzipPress(0.5, layerwise=True),
@@ -76,6 +79,7 @@ FORMATS = {
     "int2": lambda: QuantizedPress(2, group_size=4, num_sinks=0, window_size=0, symmetric=True),
     "turbo": lambda: TurboQuantPress(3, value_bits=4, num_sinks=2, window_size=4),
     "int4-by-token": lambda: QuantizedPress(4, group_size=5, key_axis="token", value_bits=2, num_sinks=1, window_size=3),
+    "lora": lambda: LoRAPress(4, steps=2, group_size=16, num_sinks=2, window_size=4, check=False),
 }
 
 every_press = pytest.mark.parametrize("press", [pytest.param(build, id=name) for name, build in PRESSES.items()])

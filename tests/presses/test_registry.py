@@ -28,7 +28,7 @@ def test_what_is_read_from_the_files_is_what_they_register(name):
 
 
 def test_presses_are_listed_by_group():
-    assert list_presses()[:3] == ["none", "random", "streaming"]
+    assert list_presses()[:4] == ["none", "random", "pyramid", "streaming"]
     groups = [press_info(name).group for name in list_presses()]
     assert groups == sorted(groups, key=GROUPS.index)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-_ROUNDING = 2.0**-23  # of numbers in float32, relative
-
 
 def saves(rank: int, length: int, dim: int) -> bool:
     """Whether the factors of ``length`` vectors of ``dim`` elements are fewer numbers than the vectors."""
@@ -64,9 +62,9 @@ def factorize(
     if not saves(used, length, dim):
         return None
     # Both get a share of the size, which in float16 neither overflows nor vanishes so; powers of 2 leave the digits alone.
-    # In directions far below the largest there is but rounding, which a share of their own size would blow up.
-    sizes = torch.maximum(squares[:, :used], _ROUNDING**2 * squares[:, :1]).sqrt()
-    shares = torch.where(sizes > 0, sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
+    sizes = squares[:, :used].sqrt()
+    # Sizes that are nothing but rounding beside the largest get none: they would blow up the rounding of the vectors.
+    shares = torch.where(sizes > 1e-6 * sizes[:, :1], sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
     basis = directions[:, :used] * shares
     inverse = directions[:, :used] / shares
     if ranks is not None:
