@@ -98,11 +98,14 @@ def test_evicted_joined_and_saved_tokens_stay_what_they_are(rope):
 
 
 @every_rope
-def test_other_keys_get_the_nearest_codes(rope):
+def test_other_tokens_get_the_nearest_codes(rope):
     maps, positions = made_maps(rope), torch.arange(9, dtype=torch.int32).expand(2, -1) + 3
     keys, values = tokens_within(maps, positions)
-    others, _ = tokens_within(maps, positions, seed=1)
-    assert_dense(encoded(maps, keys, values, positions).with_keys(others), others, values)
+    others = tokens_within(maps, positions, seed=1)
+    segment = encoded(maps, keys, values, positions)
+    again = segment.with_tokens(*others, positions)
+    assert_dense(again, *others)
+    assert (again.kind, again.nbytes) == (segment.kind, segment.nbytes)
 
 
 def test_rows_seal_and_join_with_the_maps_of_their_heads():

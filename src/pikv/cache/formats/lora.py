@@ -146,13 +146,16 @@ class LoraSegment(CodedSegment):
         places = torch.cat([each._places(0, each.length) for each in (self, later)], 1)
         return self.like(*_with_places(by_token, by_row, places))
 
-    def with_keys(self, keys: Tensor) -> Self:
-        """See ``Segment``. The new keys get the codes that come nearest to them through the same matrix."""
-        check_finite(keys, keys)
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Self:
+        """See ``Segment``: the new tokens get the codes that come nearest to them through the same matrices."""
+        check_finite(keys, values)
         rope = self.settings.rope
         turned = keys.float() if rope is None else rope.turn(keys, self._places(0, self.length), back=True)
-        codes = turned @ torch.linalg.pinv(self.by_row["key_up"].float())
-        return self.like({**self.by_token, "key_codes": as_type(codes, self.dtype)}, self.by_row)
+        by_token = dict(self.by_token)
+        for name, vectors in (("key", turned), ("value", values.float())):
+            codes = vectors @ torch.linalg.pinv(self.by_row[f"{name}_up"].float())
+            by_token[f"{name}_codes"] = as_type(codes, self.dtype)
+        return self.like(by_token, self.by_row)
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
