@@ -116,9 +116,7 @@ class ChannelsSegment(CodedSegment):
 
     def join(self, later: Segment) -> Segment | None:
         """Tokens of the same channels are put behind each other."""
-        if not isinstance(later, ChannelsSegment) or (self.settings, self.dims) != (later.settings, later.dims):
-            return None
-        if self.location != later.location or not torch.equal(self.channels, later.channels):
+        if not self.is_alike(later) or not torch.equal(self.channels, later.channels):
             return None
         by_token = {name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}
         return self.like(by_token, self.by_row)

@@ -225,9 +225,7 @@ class IntSegment(CodedSegment):
         return self.like(self.by_token, by_row)
 
     def join(self, later: Segment) -> Segment | None:
-        if not isinstance(later, IntSegment) or (self.settings, self.dims) != (later.settings, later.dims):
-            return None
-        if self.by_row and self.num_groups + later.num_groups > _MOST_GROUPS:
+        if not self.is_alike(later) or (self.by_row and self.num_groups + later.num_groups > _MOST_GROUPS):
             return None
         names = [name for name in self.by_token if name != "key_groups"]
         by_token = {name: torch.cat([self.by_token[name], later.by_token[name]], 1) for name in names}

@@ -134,7 +134,7 @@ class LoraSegment(CodedSegment):
         return self.like(*_with_places(gathered.by_token, by_row, places))
 
     def join(self, later: Segment) -> Segment | None:
-        if not isinstance(later, LoraSegment) or self.settings != later.settings:
+        if not self.is_alike(later):
             return None
         names = ("key_up", "value_up")
         if any(not torch.equal(self.by_row[name], later.by_row[name]) for name in names):
