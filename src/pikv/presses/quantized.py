@@ -71,7 +71,7 @@ class QuantizedPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """Twice the largest error that was measured on 19 random models and the bundled one."""
+        """Twice the largest error of 19 random models and the bundled one, but no more than the output itself."""
         return {8: 0.03, 4: 0.4, 2: 1.0}[min(self.format.key_bits, self.format.value_bits)]
 
     def format_of(self, model: Any, layer_idx: int) -> IntFormat:

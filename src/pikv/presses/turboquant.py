@@ -56,7 +56,7 @@ class TurboQuantPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """Twice the largest error that was measured on 19 random models and the bundled one."""
+        """Twice the largest error of 19 random models and the bundled one."""
         return {4: 0.3, 3: 0.65, 2: 1.2, 1: 2.0}[min(self.format.key_bits, self.format.value_bits)]
 
     def format_of(self, model: Any, layer_idx: int) -> TurboFormat:

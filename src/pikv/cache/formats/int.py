@@ -133,8 +133,16 @@ class IntSegment(CodedSegment):
         return keys, self._decode_by_token("value", start, stop, self.settings.value_bits, self.dims[1])
 
     def factors_for(self, keys: Tensor, start: int, stop: int) -> Tensor:
-        """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``."""
-        found, wanted = (each.float().norm(dim=2) for each in (self._decode_keys(start, stop), keys[:, start:stop]))
+        """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``.
+
+        Lengths are in units of every channel's scale, or the rounding of a channel with large numbers would decide for all.
+        """
+        pair = self._decode_keys(start, stop), keys[:, start:stop].float()
+        if (scales := self.by_row.get("key_group_scales")) is not None:
+            units = take_tokens(scales, self._groups(start, stop)).float()
+            units = torch.where(units > 0, units, 1.0)
+            pair = pair[0] / units, pair[1] / units
+        found, wanted = (each.norm(dim=2) for each in pair)
         return torch.where(found > 0, wanted / found, 1.0).to(torch.bfloat16)
 
     def _decode_keys(self, start: int, stop: int) -> Tensor:
