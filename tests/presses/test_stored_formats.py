@@ -6,11 +6,10 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import FORMATS
+from stored import compare_attention
 
 from oracle import positions_of, run_turns
 from pikv import PiKVCache, prefill
-from pikv.cache.attend import attend_rows
-from pikv.cache.reference import attend_rows_reference
 from pikv.presses import (
     ComposedPress,
     DecodingPress,
@@ -29,17 +28,7 @@ STEPS = 3
 
 @pytest.fixture
 def compared(monkeypatch):
-    """Has every attention over rows compared with its slow twin over what the rows decode to; counts those over formats."""
-    compared = []
-
-    def attend_both(queries, rows, params, mask=None):
-        found = attend_rows(queries, rows, params, mask)
-        torch.testing.assert_close(found, attend_rows_reference(queries, rows, params, mask), atol=1e-5, rtol=1e-5)
-        compared.append({segment.format for block in rows.blocks for segment in block.segments} - {"dense"})
-        return found
-
-    monkeypatch.setattr("pikv.hf.attention.attend_rows", attend_both)
-    return compared
+    return compare_attention(monkeypatch)
 
 
 @every_format
