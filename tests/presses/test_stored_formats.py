@@ -78,7 +78,8 @@ def test_caches_with_formats_are_saved_selected_joined_and_cropped(llama, press,
     prefill(llama, ids, cache, press(), attention_mask=mask)
     cache.save(tmp_path / "cache.safetensors")
     loaded = PiKVCache.load(tmp_path / "cache.safetensors", llama.config)
-    assert loaded.nbytes == cache.nbytes
+    for layer in cache.ragged_layers:  # ThinK's choice of channels lies beside the rows, and is not saved
+        assert loaded.rows(layer).nbytes == cache.rows(layer).nbytes
     assert_alike(loaded, cache, atol=0)
     joined = PiKVCache.concat([cache.select([1]), cache.select([0])])
     joined.check_integrity()
