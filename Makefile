@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 KVPRESS := .venv-kvpress
 PACKAGE := build/package-venv/bin
 
-.PHONY: help compare test test-kvpress test-package fuzz models tables lint types bench gpu docs picture measure-picture \
+.PHONY: help compare test test-kvpress test-wheel test-package fuzz models tables lint types bench gpu docs picture measure-picture \
 	screenshots vendor clean
 
 help:  # this list
@@ -36,15 +36,18 @@ tables: $(STAMP)  # writes the tables of presses in docs/
 test-kvpress: $(KVPRESS)/.installed  # beside kvpress, with the oldest transformers
 	$(KVPRESS)/bin/python -m pytest -n logical tests/interop tests/hf tests/presses
 
-# The wheel in an environment of its own, outside of the repository: the library alone, with the command, with lm-evaluation-harness.
-test-package: $(STAMP)  # the wheel in clean environments
+# The wheel in an environment of its own, outside of the repository: the library alone, then with the command.
+test-wheel: $(STAMP)  # the wheel in a clean environment
 	rm -rf build/dist build/package-venv
-	$(BIN)/python -m build --no-isolation --wheel --outdir build/dist .
+	$(BIN)/python -m build --no-isolation --wheel --outdir build/dist . > /dev/null
 	$(PYTHON) -m venv build/package-venv
 	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl
 	cd build && $(CURDIR)/$(PACKAGE)/python ../tests/package/library.py
 	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/dist/*.whl)[cli]"
 	cd build && $(CURDIR)/$(PACKAGE)/pikv compare --methods "none,duo:0.5" --num-contexts 1 --long-context-length 1024
+
+# The same, then with lm-evaluation-harness.
+test-package: test-wheel  # the wheel in clean environments, with all that it can be used with
 	$(PACKAGE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/dist/*.whl)[eval]"
 	cd build && HF_HUB_OFFLINE=1 $(CURDIR)/$(PACKAGE)/python ../tests/documents.py ../docs/recipes/lm-eval.md
 
@@ -89,13 +92,13 @@ measure-picture: $(STAMP)  # measures what the picture shows
 
 # Screenshots of reports, picture and documentation, narrow and wide, light and dark, in build/screenshots; fails on errors of
 # the console, requests, overlapping labels and pages wider than the window. Needs Chromium; PAGES="NAME=FILE ..." adds pages.
-screenshots: $(STAMP)  # of reports, picture and documentation, checked
+screenshots: docs  # of reports, picture and documentation, checked
 	$(BIN)/pip install --quiet --editable ".[browser]"
 	rm -rf build/shown
 	$(BIN)/pikv compare --context-length 512 --long-context-length 2048 --num-contexts 2 --repeats 1 --out build/shown/compare
 	$(BIN)/pikv experiment combos --data demo --num-tokens 512 --num-contexts 2 --repeats 2 --out build/shown/study
 	$(BIN)/python tests/browser/pages.py --out build/screenshots compare=build/shown/compare/report.html \
-		study=build/shown/study/report.html docs/frontier.svg $(PAGES)
+		study=build/shown/study/report.html docs/frontier.svg home=site:index.html methods=site:methods/index.html $(PAGES)
 
 # The libraries that reports carry, as they are published.
 VENDOR := src/pikv/evaluation/report/vendor

@@ -16,6 +16,7 @@ FOLDERS = [
     "indices",
     "registry",
     "checks",
+    "callers",
     "router_defaults",
     "tasks",
     "attention",

@@ -1,9 +1,9 @@
 """Opens pages in a browser, takes screenshots and tells what is wrong with them.
 
-    python tests/browser/pages.py --out build/screenshots report.html docs/frontier.svg build/site/index.html
+    python tests/browser/pages.py --out build/screenshots report.html docs/frontier.svg home=site:index.html
 
 Every page is opened 390 and 1280 pixels wide, in light and dark colours. What is wrong: errors and warnings on the console,
-requests that leave the page's own folder, a page wider than its window, texts of a chart that overlap or are cut.
+requests that leave the page's own folder or site, a page wider than its window, texts of a chart that overlap or are cut.
 """
 
 import argparse
@@ -11,10 +11,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 SIZES = {"narrow": (390, 844), "wide": (1280, 900)}
+_OF_SITE = "site:"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
 
@@ -59,9 +63,29 @@ def open_browser(path: str) -> Iterator[Any]:
             browser.close()
 
 
-def check_page(browser: Any, file: Path, out: Path | None = None, name: str | None = None) -> list[str]:
-    """What is wrong with a page, a line each; screenshots go to a folder ``out``, if there is one."""
-    problems = []
+class _Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The address of a folder that this machine shows itself, as a site: its search does not work from files."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Silent, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def check_page(browser: Any, file: Path, out: Path | None = None, name: str | None = None, site: str = "") -> list[str]:
+    """What is wrong with a page, a line each; screenshots go to a folder ``out``, if there is one.
+
+    ``site`` is the address that a ``file`` is asked from, in the place of the folder that it lies in.
+    """
+    problems, home = [], site or file.resolve().parent.as_uri()
     for size, (width, height) in SIZES.items():
         for theme in ("light", "dark"):
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
@@ -70,11 +94,11 @@ def check_page(browser: Any, file: Path, out: Path | None = None, name: str | No
             found: list[str] = []
             page.on("console", lambda message, found=found: _note(found, message))
             page.on("pageerror", lambda error, found=found: found.append(f"error: {error}"))
-            page.on("request", lambda request, found=found: _note_request(found, request.url, file))
+            page.on("request", lambda request, found=found: _note_request(found, request.url, home))
             if file.suffix == ".svg":  # on a page, as documents show it
                 page.set_content(_AROUND.format(file.read_text()))
             else:
-                page.goto(file.resolve().as_uri())
+                page.goto(f"{site}/{file}" if site else file.resolve().as_uri())
             page.wait_for_timeout(200)
             found += page.evaluate(OVERLAPS)
             wide = page.evaluate("document.documentElement.scrollWidth")
@@ -93,26 +117,28 @@ def _note(found: list[str], message: Any) -> None:
         found.append(f"console: {message.text}")
 
 
-def _note_request(found: list[str], url: str, file: Path) -> None:
-    folder = file.resolve().parent.as_uri()
-    if not url.startswith((folder, "data:", "blob:")):
+def _note_request(found: list[str], url: str, home: str) -> None:
+    if not url.startswith((home, "data:", "blob:")):
         found.append(f"request: {url}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the screenshots")
-    parser.add_argument("pages", nargs="+", type=Path, help="files, or NAME=FILE")
+    parser.add_argument("pages", nargs="+", help="files, or NAME=FILE; NAME=site:FILE for one of the documentation")
+    parser.add_argument("--site", type=Path, default=Path("build/site"), help="folder of the documentation")
     arguments = parser.parse_args()
     path = find_browser()
     if path is None:
         print(f"no screenshots: no browser of {', '.join(BROWSERS)} is on this machine", file=sys.stderr)
         return 0
     problems = []
-    with open_browser(path) as browser:
+    with open_browser(path) as browser, serve(arguments.site) as site:
         for given in arguments.pages:
-            name, _, file = str(given).rpartition("=")
-            problems += check_page(browser, Path(file), arguments.out, name or None)
+            name, _, file = given.rpartition("=")
+            of_site = file.startswith(_OF_SITE)
+            page, address = Path(file.removeprefix(_OF_SITE)), site if of_site else ""
+            problems += check_page(browser, page, arguments.out, name or None, address)
     print("\n".join(problems) or f"{len(arguments.pages)} pages: no errors, no requests, no overlaps; {arguments.out}")
     return min(1, len(problems))
 

@@ -449,14 +449,22 @@ def test_the_demo_model_has_one_of_all_kinds(demo):
             assert press.get_stats()["compression_ratio"] == pytest.approx(0.7)
 
 
+def test_what_is_said_is_of_the_calibration_for_the_wanted_experts(demo):
+    found, reason = MoERouterPress(router_type="adaptive", num_experts=2).find_calibration(demo[0])
+    assert found is None
+    assert reason.startswith("it has routers of the kinds base, ")
+
+
 @pytest.mark.parametrize("path", sorted(WEIGHTS.glob(FILE_PATTERN)), ids=lambda path: path.stem)
 def test_the_demo_model_answers_with_every_bundled_calibration(demo, path):
     """At a tenth of the cache each press by name answers what the full cache answers."""
     model, tokenizer = demo
-    num_experts = len(Calibration.load(path, model).experts)
+    calibration = Calibration.load(path, model)
+    num_experts, presses = len(calibration.experts), {kind for kind in ROUTERS if ROUTERS[kind].is_press}
     assert path.name == file_name(num_experts)
+    assert presses - set(calibration.mixers) == ({"adaptive"} if num_experts == 2 else set())
     (sample,) = retrieval_samples(tokenizer, num_tokens=512, num_samples=1, num_records=8, num_questions=3, seed=77)
-    for kind in [kind for kind in ROUTERS if ROUTERS[kind].is_press]:
+    for kind in sorted(presses & set(calibration.mixers)):
         press, cache = MoERouterPress(0.9, router_type=kind, num_experts=num_experts), PiKVCache(model.config)
         with warnings.catch_warnings(), torch.no_grad(), press(model):
             warnings.simplefilter("error")
@@ -488,6 +496,8 @@ def test_several_lie_beside_a_model_and_each_press_takes_the_one_that_serves(lla
     for num_experts, is_there in ((2, True), (3, False), (4, True), (8, True)):
         press = MoERouterPress(0.5, router_type="eplb", num_experts=num_experts, calibration="auto")
         assert (press.find_calibration(model)[0] is not None) == is_there
+    without = MoERouterPress(router_type="eplb", num_experts=3).find_calibration(model)
+    assert without == (None, "it was made for the experts aggressive, moderate, conservative, selective")
     own = random_calibration(llama, kinds=("base", "eplb"), experts=default_experts(3))
     add_calibration(model, own)
     assert MoERouterPress(router_type="eplb", num_experts=3).find_calibration(model) == (own, "")

@@ -1,10 +1,11 @@
 """One context, many questions, each answered as if it were the only one."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer, pipeline
 from word_tokenizer import word_tokenizer, words
 
 import pikv
@@ -245,3 +246,15 @@ def test_unknown_words_are_warned_of(llama, recwarn):
         ask(llama, "w5", context=CONTEXT + " word" * 60)
     with pytest.warns(UserWarning, match="does not know 1 of the 61 tokens of the context$"):
         ask(llama, "w5", context=CONTEXT + " word")
+
+
+def test_warnings_point_at_the_line_that_asks(llama):
+    with pytest.warns(UserWarning, match="does not know") as caught:
+        pikv.ask(llama, TOKENIZER, CONTEXT, "who is w5", max_new_tokens=1)
+    pipe = pipeline("pikv-text-generation", model=llama, tokenizer=TOKENIZER, device=-1)
+    with pytest.warns(UserWarning, match="does not know") as from_pipeline:
+        pipe(CONTEXT, question="who is w5", max_new_tokens=1)
+    lines = Path(__file__).read_text().splitlines()
+    for warning, call in ((caught[0], "pikv.ask(llama, TOKENIZER"), (from_pipeline[0], "pipe(CONTEXT, question=")):
+        assert warning.filename == __file__
+        assert lines[warning.lineno - 1].strip().startswith(call)

@@ -1,10 +1,13 @@
 """The bundled model: small, offline, and able to retrieve."""
 
+import warnings
+
 import pytest
 import torch
 
+from pikv import PiKVCache, get_press
 from pikv.evaluation.answers import QuestionSet, measure_quality
-from pikv.evaluation.methods import Method
+from pikv.evaluation.methods import Method, parse_methods
 from pikv.evaluation.tasks.base import TaskSettings
 from pikv.evaluation.tasks.retrieval import RetrievalTask
 from pikv.models.demo import WEIGHTS
@@ -12,12 +15,13 @@ from pikv.models.demo.tokenizer import build_tokenizer
 from pikv.models.demo.train import build_model, build_sibling
 
 
-def accuracy(demo, num_tokens, num_records, spec="none"):
+def accuracy(demo, num_tokens, num_records, spec="none", num_experts=None):
     model, tokenizer = demo
     task = RetrievalTask(TaskSettings(num_records=num_records, num_questions=24))
     samples = task.samples(tokenizer, num_tokens=num_tokens, num_samples=4, seed=123)
     asked = QuestionSet(model=model, tokenizer=tokenizer, task=task, samples=samples, num_tokens=num_tokens)
-    return measure_quality(asked, Method(spec), {}, lambda: None).accuracy
+    method = Method(spec) if num_experts is None else parse_methods(spec, num_experts)[-1]
+    return measure_quality(asked, method, {}, lambda: None).accuracy
 
 
 @pytest.mark.parametrize(("num_tokens", "num_records"), [(1024, 40), (2048, 80)])
@@ -29,6 +33,22 @@ def test_it_tells_methods_apart(demo):
     assert accuracy(demo, 1024, 40, "streaming:0.75") < 0.5
     assert accuracy(demo, 1024, 40, "snapkv:0.75") < 0.6
     assert accuracy(demo, 1024, 40, "duo:0.6") >= 0.95
+
+
+@pytest.fixture(scope="module")
+def full_accuracy(demo):
+    return accuracy(demo, 1024, 40)
+
+
+@pytest.mark.parametrize("num_experts", [2, 4, 8])
+def test_routers_among_so_many_experts_are_calibrated(demo, full_accuracy, num_experts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        press = get_press("eplb:0.9", num_experts=num_experts)
+        with press(demo[0]), torch.no_grad():
+            demo[0](torch.arange(300)[None], past_key_values=PiKVCache(demo[0].config))
+    assert press.get_stats()["calibrated"] is True
+    assert accuracy(demo, 1024, 40, "eplb:0.9", num_experts) >= full_accuracy - 0.02
 
 
 def test_it_is_small_and_described():

@@ -1,7 +1,9 @@
 """What the constructors of presses take can be set afterwards, and the next forward pass goes by it."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -239,3 +241,41 @@ def test_a_press_without_amount_has_none_to_set():
         none.compression_ratio = 0.5
     with pytest.raises(ValueError, match="has no ratio of its own to set"):
         BasePress().compression_ratio = 0.5
+
+
+SCALARS = [
+    ("snapkv", dict(compression_ratio=np.float32(0.5), window_size=np.int64(8)), dict(compression_ratio=0.5, window_size=8)),
+    ("keydiff", dict(budget=np.int32(12)), dict(budget=12)),
+    ("knorm", dict(max_bytes=np.uint64(20_000)), dict(max_bytes=20_000)),
+    ("h2o", dict(recent_ratio=np.float16(0.25)), dict(recent_ratio=0.25)),
+    ("duo", dict(recent_size=np.int64(8), sink_size=np.int8(1)), dict(recent_size=8, sink_size=1)),
+    ("int4", dict(key_bits=np.int64(8), group_size=np.int16(8)), dict(key_bits=8, group_size=8)),
+    ("turbo", dict(bits=np.int64(4), seed=np.uint8(3), check=np.False_), dict(bits=4, seed=3, check=False)),
+    ("svd", dict(rank=np.int64(2), group_size=np.int64(16)), dict(rank=2, group_size=16)),
+    ("think", dict(key_channel_compression_ratio=np.float64(0.5)), dict(key_channel_compression_ratio=0.5)),
+    ("eplb", dict(num_experts=np.int64(2), top_k=np.int64(1)), dict(num_experts=2, top_k=1)),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "plain"), SCALARS, ids=[name for name, *_ in SCALARS])
+@pytest.mark.filterwarnings("ignore:the router", "ignore:on a probe")
+def test_numbers_of_numpy_are_taken_as_plain_ones(llama, tmp_path, name, given, plain):
+    press, made, adjusted = get_press(name, **given), get_press(name, **plain), get_press(name)
+    for setting, value in given.items():
+        setattr(adjusted, setting, value)
+    assert repr(press) == repr(made)
+    settings = [json.dumps({each: vars(one)["_settings"][each] for each in plain}) for one in (press, adjusted, made)]
+    assert settings == [json.dumps(plain)] * 3
+    cache = PiKVCache(llama.config)
+    with press(llama), torch.no_grad():
+        llama(batch_of([60])[0], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")  # formats go to files with their settings
+    assert torch.equal(PiKVCache.load(tmp_path / "cache.safetensors", llama.config).lengths(0), cache.lengths(0))
+    assert kept_positions(llama, press) == kept_positions(llama, made)
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.float64("nan"), np.True_, np.int64(-1), np.array([1])], ids=repr)
+def test_numbers_of_numpy_are_checked_as_plain_ones_are(value):
+    for name, setting in (("snapkv", "window_size"), ("snapkv", "compression_ratio"), ("int4", "key_bits")):
+        with pytest.raises(ValueError, match=setting):
+            get_press(name, **{setting: value})

@@ -33,13 +33,13 @@ class Amount:
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.tokens is not None and self.max_bytes is not None:
             raise ValueError("give a budget in tokens or max_bytes, not both")
         if self.tokens is not None:
-            check_count(self.tokens, "budget (tokens per KV head)")
+            object.__setattr__(self, "tokens", check_count(self.tokens, "budget (tokens per KV head)"))
         if self.max_bytes is not None:
-            check_count(self.max_bytes, "max_bytes")
+            object.__setattr__(self, "max_bytes", check_count(self.max_bytes, "max_bytes"))
 
     @classmethod
     def of(cls, compression_ratio: float, limits: Limits) -> "Amount":

@@ -56,12 +56,13 @@ def calibrations_of(model: Any) -> Sequence[Calibration]:
 def calibration_of(model: Any, kind: str | None = None, experts: Sequence[str] = ()) -> Calibration | None:
     """The default calibration of a model, or None.
 
-    Of several it is the first that has routers of a ``kind`` for the ``experts`` of these names; where none has, or no kind is
-    named, the first.
+    Of several it is the first that has routers of a ``kind`` for the ``experts`` of these names; where none has, the first for
+    these experts; where there is none either, or no kind is named, the first.
     """
-    known = calibrations_of(model)
-    serving = (each for each in known if kind is not None and each.lacks(kind, experts) is None)
-    return next(serving, known[0] if known else None)
+    known = list(calibrations_of(model))
+    if kind is not None:
+        known.sort(key=lambda each: (each.lacks(kind, experts) is not None, each.experts != tuple(experts)))
+    return known[0] if known else None
 
 
 def resolve(

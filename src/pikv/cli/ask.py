@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pikv.cli.answering import load_seeded, sampling, say_what_was_kept
+from pikv.cli.interrupts import TerminatedError
 from pikv.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -129,7 +130,7 @@ def ask_command(
                 answer = document.ask(asked, max_new_tokens=max_new_tokens, streamer=streamer, options=options)
             seconds += answer.seconds
         except (KeyboardInterrupt, ValueError) as error:
-            if questions:
+            if questions or isinstance(error, TerminatedError):
                 raise
             streamer.end()
             print(f"({str(error) or 'interrupted'})")

@@ -14,11 +14,13 @@ from pikv.cli.calibrate import calibrate_command
 from pikv.cli.compare import compare_command
 from pikv.cli.experiment import experiment_command
 from pikv.cli.generate import generate_command
+from pikv.cli.interrupts import termination_interrupts
 from pikv.cli.methods import methods_command
 from pikv.cli.notes import show_warning
 from pikv.cli.results import InterruptedRunError
 
 _INTERRUPTED = 130
+_TERMINATED = 143
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,12 +55,20 @@ def _options(
 def main() -> None:
     """Runs the command; whatever goes wrong for a known reason ends with one line.
 
-    The exit status is 2 for bad input, 1 for results that could not be written, and 130 when the user interrupted.
+    The exit status is 2 for bad input, 1 for results that could not be written, 130 when the user interrupted, and 143
+    after SIGTERM, which ends the command in the same way.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = show_warning
+    with termination_interrupts() as termination:
+        status = _run()
+    sys.exit(_TERMINATED if termination.came else status)
+
+
+def _run() -> int:
+    """Runs the command, and returns its exit status."""
     try:
-        status = app(standalone_mode=False) or 0
+        status: int = app(standalone_mode=False) or 0
         if status == _INTERRUPTED:  # what some releases of Typer return
             _say("interrupted", status)
     except (KeyboardInterrupt, typer.Abort):
@@ -75,7 +85,7 @@ def main() -> None:
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
         status = _say(error.format_message(), error.exit_code) if error.format_message() else error.exit_code
-    sys.exit(status)
+    return status
 
 
 def _say(error: Exception | str, status: int) -> int:

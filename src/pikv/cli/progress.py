@@ -1,17 +1,16 @@
 """Progress bars on standard error."""
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
+
+from pikv.cli.interrupts import interrupts_kept
 
 if TYPE_CHECKING:
     from pikv.calibration.progress import Advance, ProgressBar
@@ -58,34 +57,8 @@ def busy(message: str) -> AbstractContextManager[object]:
 
 def load_libraries() -> None:
     """Imports what every measurement needs, which takes seconds, under a sign that something happens."""
-    with busy("loading torch and transformers"), _interrupts_kept():
+    with busy("loading torch and transformers"), interrupts_kept():
         import_module("pikv.hf.cache")
-
-
-@contextmanager
-def _interrupts_kept() -> Iterator[None]:
-    """Raises KeyboardInterrupt after Ctrl-C also where the code inside swallows it, as imports of compiled modules do."""
-    came = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.default_int_handler(number, frame)
-
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield  # somebody else decides what Ctrl-C does
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    except Exception:
-        if not came:
-            raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def roughly(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pikv.callers import stacklevel_of_user
 from pikv.hf.tokenizer import said_of_unknown
 
 _BETWEEN = "\n\n"  # context and question
@@ -120,4 +121,4 @@ def _tokens(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> l
 def warn_of_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
     """Warns where the tokenizer does not know all of the tokens."""
     if said := said_of_unknown(tokenizer, ids, what):
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(said, stacklevel=stacklevel_of_user())

@@ -13,6 +13,7 @@ from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.scoring.base import Scorer
+from pikv.scoring.checked import scores_of
 from pikv.scoring.places import at_positions, by_position
 from pikv.scoring.wrapping import WrappingScorer
 
@@ -30,7 +31,7 @@ class WholeChunksScorer(WrappingScorer):
 
     def score(self, view: LayerView) -> Tensor:
         kept = view.kept
-        scores = self.inner.score(view).float().masked_fill(~kept.valid, float("-inf"))
+        scores = scores_of(self.inner, view).float().masked_fill(~kept.valid, float("-inf"))
         places = at_positions(self._chunk_places(view, scores).unsqueeze(1), kept)
         # Numbers beyond 2 ** 24 are not exact in float32, so chunk and token make up one order: by token, then by chunk.
         by_token = scores.argsort(dim=2, descending=True, stable=True)

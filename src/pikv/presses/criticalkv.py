@@ -13,6 +13,7 @@ from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.scoring.base import Scorer
+from pikv.scoring.checked import scores_of
 from pikv.scoring.output import output_norms
 from pikv.scoring.wrapping import WrappingScorer
 
@@ -31,7 +32,7 @@ class CriticalScorer(WrappingScorer):
 
     def score(self, view: LayerView) -> Tensor:
         hidden = ~view.kept.valid
-        scores = self.inner.score(view).float()
+        scores = scores_of(self.inner, view).float()
         ranks = scores.masked_fill(hidden, float("-inf")).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         num_first = (view.budget.double() * self.first_stage_ratio).floor().long().unsqueeze(2).to(ranks.device)
         # A larger value must never make a token less important.

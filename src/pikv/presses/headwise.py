@@ -16,6 +16,7 @@ from pikv.presses.registry import register_press
 from pikv.presses.stage import ScoredStage
 from pikv.presses.wrapper import WrapperPress
 from pikv.scoring.base import Scorer
+from pikv.scoring.checked import scores_of
 from pikv.scoring.position import ends_first
 from pikv.scoring.wrapping import WrappingScorer
 
@@ -63,4 +64,4 @@ class _EndsFirst(WrappingScorer):
         self.recent_size = recent_size
 
     def score(self, view: LayerView) -> Tensor:
-        return ends_first(view, self.inner.score(view).float(), self.sink_size, self.recent_size)
+        return ends_first(view, scores_of(self.inner, view).float(), self.sink_size, self.recent_size)

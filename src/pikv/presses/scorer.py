@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from pikv.budget.amount import Amount, Limits
 from pikv.budget.base import Budget
 from pikv.budget.uniform import UniformBudget
-from pikv.checks import check_ratio
+from pikv.checks import check_ratio, plain
 from pikv.core import LayerView, Needs
 from pikv.presses.base import BasePress
 from pikv.presses.kvpress.scorer import KvpressScorer
@@ -69,6 +69,7 @@ class ScorerPress(BasePress):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Limits.__annotations__ and not isinstance(value, Budget):
+            value = plain(value)
             ratio = self.budget.amount.ratio
             tokens, max_bytes = (value if name == limit else None for limit in Limits.__annotations__)
             vars(self)["budget"] = self.budget.with_amount(Amount(ratio, tokens, max_bytes))
@@ -129,6 +130,13 @@ class _OwnScorer(Scorer):
     def __init__(self, press: ScorerPress) -> None:
         self.press = press
         self.needs = press.needs
+
+    @property
+    def is_own(self) -> bool:
+        return True
+
+    def described(self) -> str:
+        return repr(self.press)
 
     def score(self, view: LayerView) -> Tensor:
         return self.press.score(view)

@@ -6,6 +6,7 @@ from functools import wraps
 from itertools import count
 from typing import Any, ClassVar
 
+from pikv.checks import plain
 from pikv.registry import unknown
 
 _changes = count(1)
@@ -72,7 +73,7 @@ class Adjustable:
 
     def __setattr__(self, name: str, value: Any) -> None:
         settings = vars(self).get("_settings")
-        name = self.further_names.get(name, name)
+        name, value = self.further_names.get(name, name), plain(value)
         is_property = isinstance(getattr(type(self), name, None), property)
         if name.startswith("_") or settings is None or is_property or name == "compression_ratio":
             object.__setattr__(self, name, value)
@@ -100,7 +101,8 @@ def remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def make(self: Adjustable, *args: Any, **options: Any) -> None:
-        options = _with_own_names(type(self), options)
+        args = tuple(plain(value) for value in args)
+        options = {name: plain(value) for name, value in _with_own_names(type(self), options).items()}
         if "_making" in vars(self):  # called by the constructor of a subclass, whose arguments are the settings
             init(self, *args, **options)
             return

@@ -18,6 +18,7 @@ from pikv.presses.merger import Merger
 from pikv.presses.stats import Recorder
 from pikv.presses.trigger import AfterPrefill, Trigger
 from pikv.scoring.base import Scorer
+from pikv.scoring.checked import described, scores_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,10 +115,10 @@ class FreeStage(Stage):
         """Raises ValueError unless ``kept`` names tokens of every row."""
         expected = f"compress of {self.press!r} must return, or None, for each of the {len(lengths)} rows its tokens to keep"
         if not isinstance(kept, Sequence) or len(kept) != len(lengths):
-            raise ValueError(f"{expected}; it returned {_described(kept)}")
+            raise ValueError(f"{expected}; it returned {described(kept)}")
         for row, length in zip(kept, lengths, strict=True):
             if not isinstance(row, Tensor) or row.dtype != torch.int64 or row.dim() != 1:
-                raise ValueError(f"{expected} as a tensor [n] of int64; one is {_described(row)}")
+                raise ValueError(f"{expected} as a tensor [n] of int64; one is {described(row)}")
             ends = torch.tensor([-1]), row.cpu(), torch.tensor([length])
             if bool((torch.cat(ends).diff() <= 0).any()):
                 raise ValueError(f"{expected}, ascending numbers below its length; one does not ascend, or leaves its {length}")
@@ -161,7 +162,7 @@ class ScoredStage(Stage):
             return Decision(kept=None, target_lengths=target_lengths)
         # What a second reading shows of a sequence is noted where that loses something, as it would be alone.
         view = replace(view, budget=torch.minimum(target_lengths, lengths), reread=without_sequences(view.reread, has_room))
-        scores, num_protected = self._scores(view), torch.zeros_like(lengths)
+        scores, num_protected = scores_of(self.scorer, view, repr(self.press)), torch.zeros_like(lengths)
         if self.protected:
             protected = self._is_protected(view)
             scores, num_protected = scores.masked_fill(protected, float("inf")), protected.sum(2).cpu()
@@ -169,21 +170,6 @@ class ScoredStage(Stage):
             return self._decide_jointly(self.budget, view, scores, target_lengths, num_protected)
         counts = torch.maximum(self.budget.counts(view, scores, target_lengths), num_protected)
         return Decision(kept=select(scores, counts, lengths), target_lengths=target_lengths)
-
-    def _scores(self, view: LayerView) -> Tensor:
-        """The scorer's scores.
-
-        Raises:
-            ValueError: if they are none, or not one for each token.
-        """
-        scores: Any = self.scorer.score(view)
-        expected = tuple(view.kept.positions.shape)
-        if not isinstance(scores, Tensor) or scores.shape != expected:
-            name = f"{type(self.scorer).__name__} of {self.press!r}"
-            raise ValueError(
-                f"{name} must return scores {list(expected)}, one for each token; it returned {_described(scores)}"
-            )
-        return scores
 
     def _is_protected(self, view: LayerView) -> Tensor:
         positions = view.kept.positions
@@ -223,12 +209,6 @@ def without_sequences(reread: Tensor | None, left_out: Tensor) -> Tensor | None:
     if reread is None or not bool(left_out.any()):
         return reread
     return reread.masked_fill(left_out.view(-1, 1, 1).to(reread.device), float("nan"))
-
-
-def _described(found: Any) -> str:
-    if isinstance(found, Tensor):
-        return f"a tensor {list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
-    return f"{len(found)} of them" if isinstance(found, list | tuple) else f"an object of type {type(found).__name__}"
 
 
 def joined(stages: Sequence[Stage], press: Recorder) -> list[Stage]:

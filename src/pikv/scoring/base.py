@@ -15,6 +15,15 @@ class Scorer(ABC):
     needs = Needs(queries=True)
     """What it looks at beside positions, keys and values."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was written outside of this package, so that its scores are looked at before tokens are chosen by them."""
+        return not type(self).__module__.startswith("pikv.")
+
+    def described(self) -> str:
+        """What errors call it."""
+        return type(self).__name__
+
     def bind(self, model: Any) -> "Scorer":
         """The scorer for one model; itself, where it needs nothing of the model beyond what views show.
 

@@ -34,8 +34,8 @@ class ChannelsFormat:
     group_size: int = 32
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio, "ratio")
-        check_count(self.group_size, "group_size")
+        object.__setattr__(self, "ratio", check_ratio(self.ratio, "ratio"))
+        object.__setattr__(self, "group_size", check_count(self.group_size, "group_size"))
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> ChannelsSegment:
         return self.encode_channels(keys, values, self.choose(keys.float().square().sum(1)))

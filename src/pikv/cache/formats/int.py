@@ -16,7 +16,7 @@ from pikv.cache.coding.packing import pack, unpack
 from pikv.cache.coding.uniform import dequantize, most_of_symmetric, quantize
 from pikv.cache.formats.base import Segment, check_finite, register_format
 from pikv.cache.formats.coded import CodedSegment, take_tokens
-from pikv.checks import check_count
+from pikv.checks import check_choice, check_count
 from pikv.indices import index_tensor
 
 BITS = (8, 4, 2)
@@ -50,10 +50,9 @@ class IntFormat:
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in BITS:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, BITS))}, not {getattr(self, name)!r}")
-        check_count(self.group_size, "group_size")
-        check_count(self.channel_group_size, "channel_group_size")
+            object.__setattr__(self, name, check_choice(getattr(self, name), name, BITS))
+        for name in ("group_size", "channel_group_size"):
+            object.__setattr__(self, name, check_count(getattr(self, name), name))
         if self.key_axis not in ("channel", "token"):
             raise ValueError(f"key_axis must be 'channel' or 'token', not {self.key_axis!r}")
 

@@ -46,10 +46,10 @@ class SvdFormat:
             raise ValueError(f"give either a rank or a share of energy, not {'none' if self.rank is None else 'both'} of them")
         for name in ("rank", "value_rank"):
             if getattr(self, name) is not None:
-                check_count(getattr(self, name), name)
+                object.__setattr__(self, name, check_count(getattr(self, name), name))
         if self.energy is not None:
-            check_share(self.energy, "energy")
-        check_count(self.group_size, "group_size")
+            object.__setattr__(self, "energy", check_share(self.energy, "energy"))
+        object.__setattr__(self, "group_size", check_count(self.group_size, "group_size"))
         if isinstance(self.rope, Mapping):  # as files have it
             object.__setattr__(self, "rope", Rope(**self.rope))
 

@@ -41,9 +41,9 @@ class TurboFormat:
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            check_choice(getattr(self, name), name, BITS)
-        check_count(self.seed, "seed", least=0)
-        check_count(self.group_size, "group_size")
+            object.__setattr__(self, name, check_choice(getattr(self, name), name, BITS))
+        object.__setattr__(self, "seed", check_count(self.seed, "seed", least=0))
+        object.__setattr__(self, "group_size", check_count(self.group_size, "group_size"))
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> TurboSegment:
         check_finite(keys, values)

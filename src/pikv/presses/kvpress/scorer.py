@@ -25,6 +25,13 @@ class KvpressScorer(Scorer):
         self.is_peer = is_peer
         self.rotary = rotary
 
+    @property
+    def is_own(self) -> bool:
+        return not self.is_peer
+
+    def described(self) -> str:
+        return repr(self.press)
+
     def bind(self, model: Any) -> "KvpressScorer":
         self.press.post_init_from_model(model)
         return KvpressScorer(self.press, self.name, self.is_peer, rotary_module(model))
