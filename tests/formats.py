@@ -61,30 +61,30 @@ class ReversedSegment(Segment):
         return cls(tensors["stored"].to(device), state["value_dim"])
 
 
+REVERSED = Sealing(format=ReversedSegment)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _SealingStage(Stage):
     """Stores what another stage left in a format; takes its turn after it."""
 
-    format: str
-
     def decide(self, view):
-        return Decision(sealing=Sealing.whole(self.format))
+        return Decision(sealing=REVERSED)
 
     def min_kept(self, num_tokens):
         return num_tokens
 
 
 class FormatPress(BasePress):
-    """Another press, whose survivors lie in a format."""
+    """Another press, whose survivors lie in the reversed format."""
 
-    def __init__(self, press, format="reversed"):
+    def __init__(self, press):
         super().__init__()
         self.press = press
-        self.format = format
 
     def bind(self, model):
         stages = [replace(stage, presses=(*stage.presses, self)) for stage in self.press.bind(model)]
-        sealing = _SealingStage(presses=(self,), format=self.format, trigger=stages[-1].trigger)
+        sealing = _SealingStage(presses=(self,), trigger=stages[-1].trigger)
         return [*stages, sealing]
 
     def min_kept(self, num_tokens):

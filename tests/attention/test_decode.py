@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import formats
+from formats import REVERSED
 from pikv.attention.eager import attend_eagerly
 from pikv.attention.params import AttentionParams
 from pikv.attention.tiles import tile_elements
@@ -43,7 +44,8 @@ def random_rows(batch, kv_heads, lengths, num_new, mask=None, value_dim=DIM, dty
     if longest:
         rows.append(keys, values)
         rows.keep([torch.randperm(longest, generator=generator)[:length].sort().values for length in lengths])
-        rows.seal(format)
+        if format == "reversed":
+            rows.seal(REVERSED)
     new_shape = (batch, kv_heads, num_new)
     rows.append(random(*new_shape, DIM), random(*new_shape, value_dim), mask)
     rows.check_integrity()
@@ -136,7 +138,7 @@ def test_padding_among_the_new_tokens(is_token, params, format):
 @every_params
 def test_the_queries_own_tokens_may_lie_in_a_sealed_segment(params):
     rows, queries = random_rows(2, 2, [70] * 4, 9)
-    rows.seal("reversed")
+    rows.seal(REVERSED)
     rows.append(torch.randn(2, 2, 3, DIM), torch.randn(2, 2, 3, DIM))
     assert_matches_reference(rows, torch.cat([queries, queries[:, :, :3]], 2), params=params)
 

@@ -38,7 +38,7 @@ def tokens_within(maps, positions, seed=0):
 
 
 def encoded(maps, keys, values, positions):
-    return maps.of_rows(range(len(keys))).encode(keys, values, positions)
+    return maps.for_rows(range(len(keys))).encode(keys, values, positions)
 
 
 def assert_dense(segment, keys, values):
@@ -56,7 +56,7 @@ def test_what_lies_in_the_directions_comes_back_by_each_rows_head(rope):
     assert_dense(segment.gather([3, 1]), keys[[3, 1]], values[[3, 1]])
     part = segment.dense(5, 9)
     torch.testing.assert_close(part[0], keys[:, 5:9], atol=1e-5, rtol=1e-5)
-    wrong = maps.of_rows([1, 0, 1, 0]).encode(keys, values, positions)
+    wrong = maps.for_rows([1, 0, 1, 0]).encode(keys, values, positions)
     assert not torch.allclose(wrong.dense()[1], values, atol=0.1)
 
 
@@ -93,16 +93,19 @@ def test_evicted_joined_and_saved_tokens_stay_what_they_are(rope):
     restored = FORMATS["lora"].from_state(tensors, json.loads(json.dumps(state)), torch.device("cpu"))
     assert_dense(restored, *expected)
     assert restored.kind == left.kind
-    others = maps.of_rows([1, 0]).encode(keys, values, positions)
+    others = maps.for_rows([1, 0]).encode(keys, values, positions)
     assert first.join(others) is None
 
 
 @every_rope
-def test_other_keys_get_the_nearest_codes(rope):
+def test_other_tokens_get_the_nearest_codes(rope):
     maps, positions = made_maps(rope), torch.arange(9, dtype=torch.int32).expand(2, -1) + 3
     keys, values = tokens_within(maps, positions)
-    others, _ = tokens_within(maps, positions, seed=1)
-    assert_dense(encoded(maps, keys, values, positions).with_keys(others), others, values)
+    others = tokens_within(maps, positions, seed=1)
+    segment = encoded(maps, keys, values, positions)
+    again = segment.with_tokens(*others, positions)
+    assert_dense(again, *others)
+    assert (again.kind, again.nbytes) == (segment.kind, segment.nbytes)
 
 
 def test_rows_seal_and_join_with_the_maps_of_their_heads():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-import formats  # noqa: F401 - registers one
+from formats import REVERSED
+from pikv.cache.formats.base import FORMATS
 from pikv.cache.formats.dense import first_capacity, grown_capacity
 from pikv.cache.rows import RaggedRows
 from pikv.cache.tokens import TokenMask
@@ -82,7 +83,7 @@ def test_any_sequence_of_operations(data, batch, heads):
                 rows.keep(indices)
                 expected.keep(indices)
             case "seal":
-                rows.seal(data.draw(st.sampled_from(["dense", "reversed"])))
+                rows.seal(REVERSED) if data.draw(st.booleans()) else rows.unseal()
             case "select":
                 chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3))
                 rows, batch = rows.select(chosen), len(chosen)
@@ -109,7 +110,7 @@ def test_an_interrupted_pass_can_be_undone_whatever_it_did(data, batch, heads):
     generator = torch.Generator().manual_seed(0)
     rows = full_rows(30, batch, heads)
     rows.keep([torch.arange(data.draw(st.integers(1, 30))) for _ in range(batch * heads)])
-    rows.seal(data.draw(st.sampled_from(["dense", "reversed"])))
+    rows.seal(REVERSED) if data.draw(st.booleans()) else rows.unseal()
     before, seen = rows.positions(), list(rows.seen)
     is_token = torch.rand(batch, 9, generator=generator) < 0.7
     rows.append(*random_tokens(batch, heads, 9, generator), TokenMask.of(is_token))
@@ -195,23 +196,23 @@ def test_storage_can_be_written_to_in_and_out_of_inference_mode():
 
 def test_sealed_tokens_are_shared_and_counted_as_what_they_take():
     rows = full_rows(100)
-    rows.seal("reversed")
+    rows.seal(REVERSED)
     assert rows.nbytes == 2 * 100 * 2 * DIM * 4  # no room to grow, no positions
     assert [segment.format for segment in rows.blocks[0].segments] == ["reversed", "dense"]
     rows.append(*[torch.randn(1, 2, 3, DIM)] * 2)
-    rows.seal("dense")
+    rows.unseal()
     assert [segment.format for segment in rows.blocks[0].segments] == ["dense"]
 
 
 def test_unknown_formats_are_refused():
     with pytest.raises(ValueError, match=r"unknown format 'int3'; did you mean 'int'\? available: "):
-        full_rows(10).seal("int3")
+        FORMATS["int3"]
 
 
 def test_the_table_says_where_every_row_lies():
     rows = full_rows(100, heads=4)
     rows.keep([torch.arange(100), torch.arange(20), torch.arange(100), torch.arange(80, 100)])
-    rows.seal("reversed")
+    rows.seal(REVERSED)
     rows.append(*[torch.randn(1, 4, 4, DIM)] * 2)
     rows.append(*[torch.randn(1, 4, 1, DIM)] * 2)
     table = rows.table()

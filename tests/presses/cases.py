@@ -19,6 +19,7 @@ from pikv.presses import (
     LagKVPress,
     LeverageScorePress,
     LoRAPress,
+    LowRankPress,
     MoERouterPress,
     NoCompressionPress,
     NonCausalAttentionPress,
@@ -30,6 +31,7 @@ from pikv.presses import (
     RandomPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
     TurboQuantPress,
 )
@@ -78,6 +80,8 @@ FORMATS = {
     "int4": lambda: QuantizedPress(4, group_size=8, num_sinks=2, window_size=4),
     "int2": lambda: QuantizedPress(2, group_size=4, num_sinks=0, window_size=0, symmetric=True),
     "turbo": lambda: TurboQuantPress(3, value_bits=4, num_sinks=2, window_size=4),
+    "svd": lambda: LowRankPress(4, group_size=16, num_sinks=2, window_size=4, check=False),
+    "think": lambda: ThinKPress(0.5, group_size=8, num_sinks=2, window_size=4),
     "int4-by-token": lambda: QuantizedPress(4, group_size=5, key_axis="token", value_bits=2, num_sinks=1, window_size=3),
     "lora": lambda: LoRAPress(4, steps=2, group_size=16, num_sinks=2, window_size=4, check=False),
 }

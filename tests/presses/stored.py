@@ -7,6 +7,8 @@ import torch
 import pikv
 from oracle import positions_of
 from pikv import PiKVCache
+from pikv.cache.attend import attend_rows
+from pikv.cache.reference import attend_rows_reference
 from pikv.tasks.retrieval import make_retrieval
 from tiny import batch_of
 
@@ -41,6 +43,20 @@ def read(model, press, *lengths, steps=0):
     for layer in cache.ragged_layers:
         cache.rows(layer).check_integrity()
     return cache, torch.cat(logits, 1)
+
+
+def compare_attention(monkeypatch):
+    """Has every attention over rows compared with its slow twin over what the rows decode to; returns the formats of each."""
+    compared = []
+
+    def attend_both(queries, rows, params, mask=None):
+        found = attend_rows(queries, rows, params, mask)
+        torch.testing.assert_close(found, attend_rows_reference(queries, rows, params, mask), atol=1e-5, rtol=1e-5)
+        compared.append({segment.format for block in rows.blocks for segment in block.segments} - {"dense"})
+        return found
+
+    monkeypatch.setattr("pikv.hf.attention.attend_rows", attend_both)
+    return compared
 
 
 def segments_of(cache, kind):

@@ -4,12 +4,11 @@ import pytest
 import torch
 from cases import PRESSES
 from merge_reference import cam_reference, d2o_reference
+from stored import compare_attention
 
 from formats import FormatPress
 from oracle import run_turns
 from pikv import PiKVCache, prefill
-from pikv.cache.attend import attend_rows
-from pikv.cache.reference import attend_rows_reference
 from pikv.presses import (
     AdaKVPress,
     BasePress,
@@ -221,15 +220,7 @@ def test_tokens_in_a_format_are_merged_too(llama, rule, checked):
 
 @each_method
 def test_attention_reads_what_was_merged_and_stored(llama, rule, monkeypatch):
-    compared = []
-
-    def attend_both(queries, rows, params, mask=None):
-        found = attend_rows(queries, rows, params, mask)
-        torch.testing.assert_close(found, attend_rows_reference(queries, rows, params, mask), atol=1e-5, rtol=1e-5)
-        compared.append({segment.format for block in rows.blocks for segment in block.segments} - {"dense"})
-        return found
-
-    monkeypatch.setattr("pikv.hf.attention.attend_rows", attend_both)
+    compared = compare_attention(monkeypatch)
     press = ComposedPress(
         [MergingPress(SnapKVPress(0.5, window_size=6), **rule), QuantizedPress(4, group_size=8, num_sinks=2, window_size=4)]
     )

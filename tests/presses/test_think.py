@@ -101,11 +101,11 @@ def test_what_is_decoded_goes_by_the_last_choice_and_is_joined_to_it(llama):
 
 
 @torch.no_grad()
-def test_a_choice_goes_with_its_sequence(llama):
+def test_a_choice_goes_with_its_sequence(llama, tmp_path):
     press = ThinKPress(0.5, window_size=8, group_size=8)
     cache, _ = read(llama, press, 80)
     before = [found[0] for found in channels_of(cache, 1)]
-    joined = PiKVCache.concat([cache.select([0, 0]), PiKVCache.load(saved(cache), llama.config)])
+    joined = PiKVCache.concat([cache.select([0, 0]), PiKVCache.load(saved(cache, tmp_path), llama.config)])
     with press(llama):
         for _ in range(20):
             llama(torch.full((3, 1), 9), past_key_values=joined)
@@ -135,25 +135,22 @@ def choices_of(cache, layer):
     return [state for state in cache.state(layer).values() if isinstance(state, ChannelChoice)]
 
 
-def saved(cache):
-    import tempfile
-    from pathlib import Path
-
-    path = Path(tempfile.mkdtemp()) / "cache.safetensors"
+def saved(cache, folder):
+    path = folder / "cache.safetensors"
     cache.save(path)
     return path
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
-def test_logits_are_those_of_keys_without_the_channels(family):
+def test_logits_are_those_of_keys_without_the_channels(family, tmp_path):
     """Attention over the segment is that over what it decodes to, with soft-capping and learned sinks as well."""
     model = build(family)
     cache, _ = read(model, ThinKPress(0.5, window_size=8, group_size=8), 100, 70)
-    loaded = PiKVCache.load(saved(cache), model.config)
+    loaded = PiKVCache.load(saved(cache, tmp_path), model.config)
     for before, after in zip(segments_of(cache, ChannelsSegment), segments_of(loaded, ChannelsSegment), strict=True):
         assert before.nbytes == after.nbytes and torch.equal(before.channels, after.channels)
     for layer in loaded.ragged_layers:
-        loaded.rows(layer).seal("dense")
+        loaded.rows(layer).unseal()
     ids = torch.full((2, 1), 7)
     with torch.no_grad():
         found, expected = (model(ids, past_key_values=each).logits for each in (cache, loaded))

@@ -238,7 +238,7 @@ class RowBlock:
             sealed.append(DenseSegment.encode(keys[:, :first], values[:, :first]))
         span = slice(first, first + count)
         positions = self.kept_positions()[:, self.num_sealed :]
-        sealed.append(sealing.format_of(self.row_ids).encode(keys[:, span], values[:, span], positions[:, span]))
+        sealed.append(sealing.format_for(self.row_ids).encode(keys[:, span], values[:, span], positions[:, span]))
         while len(sealed) > 1 and sealed[-2].length <= sealed[-1].length and (joined := sealed[-2].join(sealed[-1])):
             sealed[-2:] = [joined]
         rest = slice(first + count, None)

@@ -27,7 +27,7 @@ class RaggedRows:
         seen: tokens seen, by sequence
         seen_at_eviction: tokens that a sequence had seen when something of it was last evicted; going back beyond that cannot
             be exact
-        num_losses: how often something was evicted, or stored in another format
+        num_lossy_changes: how often something was evicted, or stored in another format
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, keys: Tensor, values: Tensor) -> None:
@@ -40,7 +40,7 @@ class RaggedRows:
         self.blocks = [RowBlock(row_ids, [], DenseSegment(empty_keys, empty_values, 0))]
         self.seen = [0] * batch_size
         self.seen_at_eviction = [0] * batch_size
-        self.num_losses = 0
+        self.num_lossy_changes = 0
         self._table: RowTable | None = None
 
     @classmethod
@@ -51,7 +51,7 @@ class RaggedRows:
         rows = cls.__new__(cls)
         rows.batch_size, rows.num_kv_heads = len(seen), num_kv_heads
         rows.blocks, rows.seen, rows.seen_at_eviction = list(blocks), list(seen), list(seen_at_eviction)
-        rows.num_losses = 0
+        rows.num_lossy_changes = 0
         rows._table = None
         return rows
 
@@ -184,31 +184,29 @@ class RaggedRows:
                 blocks.append(block)
                 continue
             blocks += gather_kept(block, chosen)
-            self.num_losses += 1
+            self.num_lossy_changes += 1
             for sequence in {row // self.num_kv_heads for row in block.row_ids}:
                 self.seen_at_eviction[sequence] = self.seen[sequence]
         self._set_blocks(merge(blocks))
 
-    def seal(self, sealing: Sealing | str) -> None:
-        """Stores tokens in a format; by name for all of them, which is also how to make them dense again.
+    def seal(self, sealing: Sealing) -> None:
+        """Stores the tokens that ``sealing`` names in its format.
 
         Raises:
-            ValueError: for an unknown format.
             NotFiniteError: if the format cannot hold what there is.
         """
-        if isinstance(sealing, str):
-            with plain_tensors():
-                for block in self.blocks:
-                    block.unseal()
-            if sealing == DenseSegment.format:
-                self._set_blocks(merge(self.blocks))
-                return
-            sealing = Sealing.whole(sealing)
         with plain_tensors():
             num_sealed = sum(block.seal(sealing) for block in self.blocks)
             if num_sealed:
-                self.num_losses += 1
+                self.num_lossy_changes += 1
                 self._set_blocks(merge(self.blocks))
+
+    def unseal(self) -> None:
+        """Stores all tokens as dense ones again, decoded; what the formats lost stays lost."""
+        with plain_tensors():
+            for block in self.blocks:
+                block.unseal()
+            self._set_blocks(merge(self.blocks))
 
     def sequences_to_seal(self, sealing: Sealing) -> list[bool]:
         """Of which sequences ``seal`` would find tokens."""
@@ -280,7 +278,7 @@ class RaggedRows:
     def as_of(self, seen: Sequence[int]) -> "RaggedRows":
         """A copy of what is held of the first ``seen`` tokens of each sequence, in storage of its own."""
         rows = self.select(range(self.batch_size))
-        rows.num_losses = self.num_losses
+        rows.num_lossy_changes = self.num_lossy_changes
         rows.drop_since(seen)
         rows.fit()
         return rows

@@ -16,7 +16,7 @@ class LayerMark:
         columns: seen, padding included
         columns_at_padding: seen when padding last came
         seen: tokens seen by each sequence; empty where there were no rows yet
-        num_losses: how often something had been evicted, or stored in another format
+        num_lossy_changes: how often something had been evicted, or stored in another format
         state: what lay beside the rows
         rows: a copy of the rows as they were, where dropping what came since is not enough to have them back
     """
@@ -24,6 +24,6 @@ class LayerMark:
     columns: int
     columns_at_padding: int
     seen: tuple[int, ...]
-    num_losses: int
+    num_lossy_changes: int
     state: Mapping[Any, RowState]
     rows: RaggedRows | None = None

@@ -155,7 +155,7 @@ class PiKVLayer(HFLayer):
             self.columns,
             self.columns_at_padding,
             tuple(self.rows.seen) if self.rows else (),
-            self.rows.num_losses if self.rows else 0,
+            self.rows.num_lossy_changes if self.rows else 0,
             {owner: copy(state) for owner, state in self.state.items()},
         )
 
@@ -167,7 +167,7 @@ class PiKVLayer(HFLayer):
         """None, or the reason why what came since ``mark`` cannot be taken back."""
         if self.rows is None:
             return None
-        if self.rows.num_losses != mark.num_losses:
+        if self.rows.num_lossy_changes != mark.num_lossy_changes:
             return "tokens were evicted since then, or stored in another format, and what they were is gone"
         return self.rows.can_truncate(self._since(mark))
 

@@ -91,6 +91,6 @@ def _stored(block: RowBlock, sealing: Sealing) -> tuple[Tensor, Tensor]:
     """What the tokens are decoded to, all but the first."""
     keys, values = block.dense()
     first = sealing.sinks
-    segment = sealing.format.encode(keys[:, first:], values[:, first:], block.kept_positions()[:, first:])
+    segment = sealing.format_for(block.row_ids).encode(keys[:, first:], values[:, first:], block.kept_positions()[:, first:])
     decoded_keys, decoded_values = segment.dense()
     return torch.cat([keys[:, :first], decoded_keys], 1), torch.cat([values[:, :first], decoded_values], 1)

@@ -1,4 +1,4 @@
-"""Whole numbers of a few bits."""
+"""Keys and values as whole numbers of a few bits."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,13 +9,28 @@ from pikv.presses.storage import StoragePress
 
 
 @register_press(
-    "int2", group="format", paper="2402.02750", options={"bits": 2}, number=None, description="Stores numbers of 2 bits"
+    "int2",
+    group="format",
+    paper="2402.02750",
+    options={"bits": 2},
+    number=None,
+    description="Stores keys and values as whole numbers of 2 bits (KIVI).",
 )
 @register_press(
-    "int4", group="format", paper="2402.02750", options={"bits": 4}, number=None, description="Stores numbers of 4 bits"
+    "int4",
+    group="format",
+    paper="2402.02750",
+    options={"bits": 4},
+    number=None,
+    description="Stores keys and values as whole numbers of 4 bits (KIVI).",
 )
 @register_press(
-    "int8", group="format", paper="2402.02750", options={"bits": 8}, number=None, description="Stores numbers of 8 bits"
+    "int8",
+    group="format",
+    paper="2402.02750",
+    options={"bits": 8},
+    number=None,
+    description="Stores keys and values as whole numbers of 8 bits (KIVI).",
 )
 class QuantizedPress(StoragePress):
     """Stores keys and values as whole numbers of a few bits, keys by channel and values by token (KIVI, arXiv 2402.02750).
@@ -56,7 +71,7 @@ class QuantizedPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """What 19 random models and the bundled one stay below, twice over."""
+        """Twice the largest error of 19 random models and the bundled one, but no more than the output itself."""
         return {8: 0.03, 4: 0.4, 2: 1.0}[min(self.format.key_bits, self.format.value_bits)]
 
     def format_of(self, model: Any, layer_idx: int) -> IntFormat:

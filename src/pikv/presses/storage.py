@@ -16,17 +16,7 @@ from pikv.hf.support import ragged_layers
 from pikv.presses.base import BasePress
 from pikv.presses.format_check import layer_errors, warn_once
 from pikv.presses.stage import Stage
-from pikv.presses.trigger import Trigger
-
-
-class InGroups(Trigger):
-    """Acts when a context was read, and whenever a group of tokens came one by one."""
-
-    def __init__(self, group_size: int) -> None:
-        self.group_size = group_size
-
-    def should_act(self, num_new: int, num_pending: int) -> bool:
-        return num_new > 1 or num_pending % self.group_size == 0
+from pikv.presses.trigger import AfterGroups
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +101,7 @@ class StoragePress(BasePress):
             sealings = self._checked(model, sealings)
         self._skipped = [layer for layer in layers if layer not in sealings]
         group_size = max((each.group_size for each in formats.values()), default=1)
-        return [SealingStage(presses=(self,), sealings=MappingProxyType(sealings), trigger=InGroups(group_size))]
+        return [SealingStage(presses=(self,), sealings=MappingProxyType(sealings), trigger=AfterGroups(group_size))]
 
     def _checked(self, model: Any, sealings: Mapping[int, Sealing]) -> dict[int, Sealing]:
         """Those that hold this model's tokens, or all of them and a warning, once for each model."""

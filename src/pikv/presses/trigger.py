@@ -35,3 +35,13 @@ class EveryTokens(Trigger):
 
     def should_act(self, num_new: int, num_pending: int) -> bool:
         return num_new == 1 and num_pending >= self.interval
+
+
+class AfterGroups(Trigger):
+    """Acts once a context, or a further turn, has been read, and after every ``group_size`` tokens that come one by one."""
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = check_count(group_size, "group_size")
+
+    def should_act(self, num_new: int, num_pending: int) -> bool:
+        return num_new > 1 or num_pending % self.group_size == 0

@@ -1,4 +1,4 @@
-"""Codes of rotated vectors."""
+"""Keys and values as codes of rotated vectors."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,7 +10,11 @@ from pikv.presses.storage import StoragePress
 
 
 @register_press(
-    "turbo", group="format", paper="2504.19874", number="bits", description="Stores rotated vectors in codes of 1 to 4 bits"
+    "turbo",
+    group="format",
+    paper="2504.19874",
+    number="bits",
+    description="Stores rotated keys and values as codes of 1 to 4 bits (TurboQuant).",
 )
 class TurboQuantPress(StoragePress):
     """Stores rotated keys and values as codes of a few bits, with a scale for each (TurboQuant, arXiv 2504.19874).
@@ -52,7 +56,7 @@ class TurboQuantPress(StoragePress):
 
     @property
     def usual_error(self) -> float:
-        """What 19 random models and the bundled one stay below, twice over."""
+        """Twice the largest error of 19 random models and the bundled one."""
         return {4: 0.3, 3: 0.65, 2: 1.2, 1: 2.0}[min(self.format.key_bits, self.format.value_bits)]
 
     def format_of(self, model: Any, layer_idx: int) -> TurboFormat:

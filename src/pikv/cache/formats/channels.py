@@ -62,7 +62,7 @@ class ChosenChannels:
 
     Attributes:
         format: the settings
-        channels: of the rows, ``[n, Dk]`` (int16, ascending); of all rows of a layer until ``of_rows`` takes some
+        channels: of the rows, ``[n, Dk]`` (int16, ascending); of all rows of a layer until ``for_rows`` takes some
     """
 
     format: ChannelsFormat
@@ -72,7 +72,7 @@ class ChosenChannels:
     def group_size(self) -> int:
         return self.format.group_size
 
-    def of_rows(self, row_ids: Sequence[int]) -> ChosenChannels:
+    def for_rows(self, row_ids: Sequence[int]) -> ChosenChannels:
         return ChosenChannels(self.format, self.channels.index_select(0, index_tensor(row_ids, self.channels.device)))
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> ChannelsSegment:
@@ -116,9 +116,7 @@ class ChannelsSegment(CodedSegment):
 
     def join(self, later: Segment) -> Segment | None:
         """Tokens of the same channels are put behind each other."""
-        if not isinstance(later, ChannelsSegment) or (self.settings, self.dims) != (later.settings, later.dims):
-            return None
-        if self.location != later.location or not torch.equal(self.channels, later.channels):
+        if not self.is_alike(later) or not torch.equal(self.channels, later.channels):
             return None
         by_token = {name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}
         return self.like(by_token, self.by_row)

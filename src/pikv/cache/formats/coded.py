@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -87,9 +87,15 @@ class CodedSegment(Segment):
 
     def join(self, later: Segment) -> Segment | None:
         """Where rows have nothing in common but their settings, tokens are simply put behind each other."""
-        if self.by_row or not isinstance(later, CodedSegment) or self.kind[2:] != later.kind[2:]:
+        if self.by_row or not self.is_alike(later):
             return None
         return self.like({name: torch.cat([tensor, later.by_token[name]], 1) for name, tensor in self.by_token.items()}, {})
+
+    def is_alike(self, later: Segment) -> TypeGuard[Self]:
+        """Whether another segment has the same settings, head dimensions and data type, in the same place."""
+        if not isinstance(later, type(self)):
+            return False
+        return all(getattr(self, each) == getattr(later, each) for each in ("settings", "dims", "dtype", "location"))
 
     def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
         return self.settings.encode(keys, values, positions)

@@ -132,8 +132,16 @@ class IntSegment(CodedSegment):
         return keys, self._decode_by_token("value", start, stop, self.settings.value_bits, self.dims[1])
 
     def factors_for(self, keys: Tensor, start: int, stop: int) -> Tensor:
-        """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``."""
-        found, wanted = (each.float().norm(dim=2) for each in (self._decode_keys(start, stop), keys[:, start:stop]))
+        """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``.
+
+        Lengths are in units of every channel's scale, or the rounding of a channel with large numbers would decide for all.
+        """
+        pair = self._decode_keys(start, stop), keys[:, start:stop].float()
+        if (scales := self.by_row.get("key_group_scales")) is not None:
+            units = take_tokens(scales, self._groups(start, stop)).float()
+            units = torch.where(units > 0, units, 1.0)
+            pair = pair[0] / units, pair[1] / units
+        found, wanted = (each.norm(dim=2) for each in pair)
         return torch.where(found > 0, wanted / found, 1.0).to(torch.bfloat16)
 
     def _decode_keys(self, start: int, stop: int) -> Tensor:
@@ -224,9 +232,7 @@ class IntSegment(CodedSegment):
         return self.like(self.by_token, by_row)
 
     def join(self, later: Segment) -> Segment | None:
-        if not isinstance(later, IntSegment) or (self.settings, self.dims) != (later.settings, later.dims):
-            return None
-        if self.by_row and self.num_groups + later.num_groups > _MOST_GROUPS:
+        if not self.is_alike(later) or (self.by_row and self.num_groups + later.num_groups > _MOST_GROUPS):
             return None
         names = [name for name in self.by_token if name != "key_groups"]
         by_token = {name: torch.cat([self.by_token[name], later.by_token[name]], 1) for name in names}

@@ -43,7 +43,7 @@ class LoraFormat:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoraMaps:
-    """The format with the projections of some rows; ``of_rows`` makes it of those of all KV heads of a layer.
+    """The format with the projections of some rows; ``for_rows`` makes it of those of all KV heads of a layer.
 
     Attributes:
         settings: what goes to files
@@ -63,7 +63,7 @@ class LoraMaps:
     def group_size(self) -> int:
         return self.settings.group_size
 
-    def of_rows(self, row_ids: Sequence[int]) -> LoraMaps:
+    def for_rows(self, row_ids: Sequence[int]) -> LoraMaps:
         """Those of rows ``r = b * G + g``."""
         heads = index_tensor([row % len(self.key_down) for row in row_ids], self.key_down.device)
         picked = {name: getattr(self, name)[heads] for name in ("key_down", "key_up", "value_down", "value_up")}
@@ -134,7 +134,7 @@ class LoraSegment(CodedSegment):
         return self.like(*_with_places(gathered.by_token, by_row, places))
 
     def join(self, later: Segment) -> Segment | None:
-        if not isinstance(later, LoraSegment) or self.settings != later.settings:
+        if not self.is_alike(later):
             return None
         names = ("key_up", "value_up")
         if any(not torch.equal(self.by_row[name], later.by_row[name]) for name in names):
@@ -146,13 +146,16 @@ class LoraSegment(CodedSegment):
         places = torch.cat([each._places(0, each.length) for each in (self, later)], 1)
         return self.like(*_with_places(by_token, by_row, places))
 
-    def with_keys(self, keys: Tensor) -> Self:
-        """See ``Segment``. The new keys get the codes that come nearest to them through the same matrix."""
-        check_finite(keys, keys)
+    def with_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Self:
+        """See ``Segment``: the new tokens get the codes that come nearest to them through the same matrices."""
+        check_finite(keys, values)
         rope = self.settings.rope
         turned = keys.float() if rope is None else rope.turn(keys, self._places(0, self.length), back=True)
-        codes = turned @ torch.linalg.pinv(self.by_row["key_up"].float())
-        return self.like({**self.by_token, "key_codes": as_type(codes, self.dtype)}, self.by_row)
+        by_token = dict(self.by_token)
+        for name, vectors in (("key", turned), ("value", values.float())):
+            codes = vectors @ torch.linalg.pinv(self.by_row[f"{name}_up"].float())
+            by_token[f"{name}_codes"] = as_type(codes, self.dtype)
+        return self.like(by_token, self.by_row)
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
