@@ -21,6 +21,7 @@ from pikv.indices import index_tensor
 
 BITS = (8, 4, 2)
 _TILE = 2048  # tokens that are encoded at a time
+_LARGE = 4  # times the median scale of all channels
 _MOST_GROUPS = 1 << 15  # that an int16 can number
 
 
@@ -134,13 +135,14 @@ class IntSegment(CodedSegment):
     def factors_for(self, keys: Tensor, start: int, stop: int) -> Tensor:
         """What brings the decoded keys of some tokens to the lengths of ``keys`` ``[n, L, D]``, ``[n, stop - start]``.
 
-        Lengths are in units of every channel's scale, or the rounding of a channel with large numbers would decide for all.
+        Channels far larger than most count as less large ones do, or how they were rounded would decide for all channels.
         """
-        pair = self._decode_keys(start, stop), keys[:, start:stop].float()
+        pair = [self._decode_keys(start, stop), keys[:, start:stop].float()]
         if (scales := self.by_row.get("key_group_scales")) is not None:
-            units = take_tokens(scales, self._groups(start, stop)).float()
-            units = torch.where(units > 0, units, 1.0)
-            pair = pair[0] / units, pair[1] / units
+            scales = scales.float()
+            limits = _LARGE * scales.median(dim=2, keepdim=True).values
+            units = torch.where(limits > 0, scales / limits, 1.0).clamp(min=1.0)
+            pair = [each / take_tokens(units, self._groups(start, stop)) for each in pair]
         found, wanted = (each.norm(dim=2) for each in pair)
         return torch.where(found > 0, wanted / found, 1.0).to(torch.bfloat16)
 
