@@ -19,7 +19,7 @@ from pikv.presses.spec import get_press
 
 FACTORS = (2, 4, 8, 16)
 """How many times fewer bytes than an uncompressed cache holds."""
-FORMATS = ("int8", "int4", "int2")
+FORMATS = ("int8", "int4", "int2", "turbo:4")
 EVICTING = ("keydiff",)
 CALIBRATED = "eplb"
 """Evicts as well where the model has a calibration."""
@@ -58,7 +58,8 @@ def _builder(build: Callable[[], BasePress]) -> Builder:
 
 
 def _format(name: str) -> BasePress:
-    return get_press(name, window_size=WINDOW, group_size=GROUP)
+    groups = {"group_size": GROUP} if name.startswith("int") else {}
+    return get_press(name, window_size=WINDOW, **groups)
 
 
 def _both(evictor: str, ratio: float, name: str | None) -> BasePress:
@@ -94,7 +95,7 @@ def _frontier(summary: pd.DataFrame) -> list[str]:
         ]
         known = [found for found in alone if found is not None]
         lines.append(f"At {factor}x fewer bytes: {'; '.join(said)}. {_verdict(both, known)}")
-    for evictor in dict.fromkeys(name.split(":")[0] for name in answered["method"] if ":" in name):
+    for evictor in dict.fromkeys(name.split(":")[0] for name in answered["method"] if name not in FORMATS):
         lines += _of_evictor(answered, evictor)
     return lines
 
