@@ -204,11 +204,13 @@ class RaggedRows:
                 self._set_blocks(merge(self.blocks))
                 return
             sealing = Sealing.whole(sealing)
+        if not any(self.sequences_to_seal(sealing)):
+            return
+        self.num_losses += 1  # first: what is interrupted here may have changed some blocks
         with plain_tensors():
-            num_sealed = sum(block.seal(sealing) for block in self.blocks)
-            if num_sealed:
-                self.num_losses += 1
-                self._set_blocks(merge(self.blocks))
+            for block in self.blocks:
+                block.seal(sealing)
+            self._set_blocks(merge(self.blocks))
 
     def sequences_to_seal(self, sealing: Sealing) -> list[bool]:
         """Of which sequences ``seal`` would find tokens."""
