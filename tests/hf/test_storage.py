@@ -422,10 +422,10 @@ def test_files_that_are_no_caches_are_refused(saved, llama, tmp_path):
         refusal(saved, llama)
 
 
-@pytest.mark.parametrize("version", ["3", "0", "one", ""])
+@pytest.mark.parametrize("version", ["4", "0", "one", ""])
 def test_unknown_versions_are_refused(saved, llama, version):
     rewrite(saved, version=version)
-    assert f"format version is {version}, this release reads 1 and 2" in refusal(saved, llama)
+    assert f"format version is {version}, this release reads 1, 2 and 3" in refusal(saved, llama)
 
 
 def test_damaged_contents_are_refused(saved, llama):
@@ -477,7 +477,7 @@ def test_a_changed_byte_is_noticed(saved, llama, share, in_header, flip):
 def test_contents_say_who_wrote_them(saved):
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"]) == ("pikv-cache", "2")
+    assert (metadata["format"], metadata["version"]) == ("pikv-cache", "3")
     assert json.loads(metadata["contents"])["pikv"]
 
 
