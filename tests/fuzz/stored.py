@@ -85,7 +85,9 @@ def check_same(before: Tokens, cache: Any, what: str) -> None:
             continue
         for old, new in zip(before[key], (keys, values), strict=True):
             length = min(len(old), len(new))
-            require(torch.equal(old[:length], new[:length]), f"{what} changed what is stored in layer {key[0]}, row {key[1]}")
+            # Some formats are decoded by products, whose rounding depends on how many rows there are.
+            is_same = torch.allclose(old[:length], new[:length], rtol=1e-5, atol=1e-5)
+            require(is_same, f"{what} changed what is stored in layer {key[0]}, row {key[1]}")
 
 
 def check_bytes(cache: Any) -> None:
