@@ -234,3 +234,16 @@ def test_more_directions_than_there_are_stay_finite_in_half_precision():
     segment = SvdFormat(energy=0.8, value_rank=4).encode(tokens, tokens)
     segment.check_integrity()
     torch.testing.assert_close(segment.dense()[1], tokens, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-3, 3.7, 3e3])
+def test_directions_that_nothing_points_in_overflow_nowhere(size, dtype):
+    """Of equal vectors all but one direction hold what rounding left of zero, which is anything but zero."""
+    for length in range(4, 70):
+        for dim in (8, 12, 31):
+            vectors = torch.full((2, length, dim), size, dtype=dtype)
+            positions = torch.arange(length, dtype=torch.int32).expand(2, -1)
+            segment = SvdFormat(rank=min(6, dim // 2), group_size=256).encode(vectors, vectors, positions)
+            for tensor in segment.dense():
+                torch.testing.assert_close(tensor, vectors, rtol=1e-2, atol=0)

@@ -323,4 +323,5 @@ def test_one_expert_needs_no_further_setting():
 def test_an_unknown_study():
     with pytest.raises(ValueError, match="unknown study 'rooters'; did you mean 'routers'"):
         get_study("rooters")
-    assert list(STUDIES) == ["routers", "presses", "combos", "sensitivity", "experts", "benchmark", "eplb_duo", "calibration"]
+    names = ["routers", "presses", "combos", "sensitivity", "experts", "benchmark", "eplb_duo", "calibration", "mix"]
+    assert list(STUDIES) == names

@@ -26,6 +26,26 @@ _OPTIONS = {
     "criticalkv": {"first_stage_ratio": (0.0, 0.5, 1.0)},
     "chunk": {"chunk_length": (1, 5, 16)},
     "headwise": {"sink_size": (0, 2), "recent_size": (0, 4)},
+    "cam": {"merge_budget": (1, 5), "seed": (None, 3)},
+    "d2o": {"beta": (0.2, 1.0)},
+}
+# Presses that store tokens in formats, with groups and windows that short texts reach.
+_INT_OPTIONS = {
+    "group_size": (1, 3, 8),
+    "key_axis": ("channel", "token"),
+    "symmetric": (True,),
+    "key_bits": (8, 4, 2),
+    "value_bits": (8, 4, 2),
+}
+_TURBO_OPTIONS = {"value_bits": (1, 3, 4), "seed": (7,)}
+_SVD_OPTIONS = {"group_size": (16, 24, 40), "value_rank": (1, 8)}
+_THINK_OPTIONS = {"group_size": (1, 4, 16)}
+_FORMATS = {
+    **dict.fromkeys(("int8", "int4", "int2"), _INT_OPTIONS),
+    **dict.fromkeys(("turbo:2", "turbo:3", "turbo:4"), _TURBO_OPTIONS),
+    **dict.fromkeys(("svd:2", "svd:6"), _SVD_OPTIONS),
+    "svd": {"energy": (0.5, 0.99), "group_size": (2, 16, 40)},
+    **dict.fromkeys(("think:0.25", "think:0.7"), _THINK_OPTIONS),
 }
 _ROUTED = ("base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical")
 _ROUTED_OPTIONS = {
@@ -37,15 +57,15 @@ _ROUTED_OPTIONS = {
 }
 _SCORERS = tuple("streaming knorm snapkv h2o tova expected keydiff lagkv leverage noncausal qfilters random".split())
 _OTHERS = ("kvzip", "cake", "duo", "pyramidkv")
-_WRAPPERS = ("adakv", "chunkkv", "criticalkv", "keyrotation", "chunk", "headwise")
+_WRAPPERS = ("adakv", "chunkkv", "criticalkv", "keyrotation", "chunk", "headwise", "cam", "d2o")
 _RATIOS = (0.0, 0.05, 0.2, 0.3, 0.5, 0.5, 0.7, 0.9, 0.99)
 
 
 def any_press(rng: Random) -> str:
     """An expression that builds a press."""
     return rng.choices(
-        (_plain, _wrapped, _composed, _decoding, _prefill_decoding, _protected, _per_layer, _nested_composition),
-        weights=(30, 22, 14, 10, 6, 8, 5, 5),
+        (_plain, _wrapped, _composed, _decoding, _prefill_decoding, _protected, _per_layer, _nested_composition, _storing),
+        weights=(30, 22, 14, 10, 6, 8, 5, 5, 40),
     )[0](rng)
 
 
@@ -54,9 +74,15 @@ def has_amount_in_bytes(press: str) -> bool:
     return "max_bytes" in press
 
 
-def moves_keys(press: str) -> bool:
-    """Whether keys may be turned to positions other than their own."""
-    return "keyrotation" in press or "KeyRerotationPress" in press
+def changes_tokens(press: str) -> bool:
+    """Whether tokens that are kept may become others: turned to other positions, merged, or stored in a format."""
+    return stores(press) or any(word in press for word in ("keyrotation", "KeyRerotationPress", "cam", "d2o"))
+
+
+def stores(press: str) -> bool:
+    """Whether tokens may be stored in a format; those of a group that was evicted may also while they are generated."""
+    names = {name.partition(":")[0] for name in _FORMATS}
+    return any(f"{before}{name}" in press for name in names for before in '"+')
 
 
 def _name(rng: Random) -> str:
@@ -143,3 +169,40 @@ def _per_layer(rng: Random) -> str:
 def _nested_composition(rng: Random) -> str:
     parts = [rng.choice((_plain, _wrapped, _protected, _per_layer, _composed))(rng) for _ in range(rng.choice((1, 2, 3)))]
     return f"ComposedPress([{', '.join(parts)}])"
+
+
+def _format(rng: Random) -> str:
+    name = rng.choice(sorted(_FORMATS))
+    options: dict[str, object] = {"num_sinks": rng.choice((0, 1, 4)), "window_size": rng.choice((0, 1, 4, 8))}
+    if name.startswith("think"):
+        options["window_size"] = rng.choice((1, 4, 8))  # whose queries choose
+    else:
+        options["check"] = False
+    options["skip_layers"] = rng.choice(([], [], [], [1]))
+    for option, values in _FORMATS[name].items():
+        if rng.random() < 0.6 or (option == "group_size" and name.startswith(("svd", "int"))):
+            options[option] = rng.choice(values)
+    return f'get_press("{name}", {", ".join(f"{option}={value!r}" for option, value in options.items())})'
+
+
+def _storing(rng: Random) -> str:
+    """A format alone, behind or before what evicts, and where it may be refused."""
+    form = _format(rng)
+    kind = rng.choices(
+        ("alone", "behind", "before", "decoding", "prefill", "twice", "spec", "wrapped"), weights=(30, 35, 8, 15, 6, 5, 4, 3)
+    )[0]
+    if kind == "alone":
+        return form
+    if kind == "spec":
+        return f'get_press("{_specification(rng, 1)}:0.5+{rng.choice(("int8", "turbo:3", "svd:4", "think:0.5"))}")'
+    if kind == "wrapped":
+        return rng.choice(("AdaKVPress({})", "DecodingPress({}, target_size=10)", "ProtectedPress({}, [(0, 4)])")).format(form)
+    parts = {
+        "behind": [rng.choice((_one_stage, _protected, _per_layer, _composed))(rng), form],
+        "before": [form, _one_stage(rng)],
+        "decoding": [rng.choice((_decoding, _prefill_decoding))(rng), form],
+        "twice": [form, _format(rng)],
+    }
+    if kind == "prefill":
+        return f"PrefillDecodingPress({form}, {_decoding(rng)})"
+    return f"ComposedPress([{', '.join(parts[kind])}])"

@@ -15,8 +15,9 @@ from random import Random
 from typing import Any
 
 import torch
-from grammar import NAMESPACE, moves_keys
+from grammar import NAMESPACE, changes_tokens, stores
 from plan import Conversation
+from stored import Tokens, check_bytes
 from torch import Tensor
 from transcript import Transcript, require
 
@@ -80,9 +81,10 @@ class Passes:
         self.refused_by_operation: list[int] = []  # how much was refused up to the end of each
         self.num_layers = len(PiKVCache(self.model.config).ragged_layers)
         self.presses = [self._build(press) for press in conversation.presses]
+        self.stores = any(stores(press) for press in conversation.presses)
         self.evicted: list[Counter[int]] = [Counter() for _ in self.presses]
         self.moved = 0  # how often the text goes on elsewhere, so that it does not repeat what was taken back
-        self.marks: list[tuple[Any, Transcript]] = []
+        self.marks: list[tuple[Any, Transcript, Tokens]] = []
         self.cache = self._new_cache()
         self.truth = self._new_truth(conversation.batch_size if only is None else 1)
 
@@ -187,7 +189,7 @@ class Passes:
                 raise
             self._refused(error)
             self._forget_stats()
-            self.truth.keys_moved |= press is not None and moves_keys(self.conversation.presses[press])
+            self.truth.tokens_changed |= press is not None and changes_tokens(self.conversation.presses[press])
             self._check_usable(press is not None)
 
     @contextmanager
@@ -212,7 +214,7 @@ class Passes:
             if logits.shape[1] == ids.shape[1] or bool(mask[:, -1].all()):
                 self.truth.answered(logits)
             acts = press is not None and (ids.shape[1] > 1 or "DecodingPress" in text)
-            self.truth.keys_moved |= acts and moves_keys(text)
+            self.truth.tokens_changed |= stores(text) or (acts and changes_tokens(text))
             evicted = self.truth.observe(self.cache, may_evict=acts)
             if press is not None:
                 self.evicted[press].update(evicted)
@@ -281,10 +283,11 @@ class Passes:
             return
         ragged = self.cache.ragged_layers
         kept = sum(int(self.cache.lengths(layer).sum()) for layer in ragged)
-        require(self.cache.nbytes >= 2 * 4 * size * kept, f"{self.cache.nbytes} bytes hold {kept} tokens of {size} numbers")
+        if not self.stores:
+            require(self.cache.nbytes >= 2 * 4 * size * kept, f"{self.cache.nbytes} bytes hold {kept} tokens of {size} numbers")
+        check_bytes(self.cache)
         seen = sum(sequence.seen for sequence in self.truth.sequences)
-        heads = len(next(iter(self.truth.sequences[0].died.values())))
-        dense = 2 * 4 * size * heads * seen * len(ragged)
+        dense = 2 * 4 * size * self.truth.num_kv_heads * seen * len(ragged)
         sliding = sum(layer.nbytes for layer in self.cache.layers if layer.is_sliding)
         require(self.cache.dense_nbytes == dense + sliding, f"dense_nbytes is {self.cache.dense_nbytes}, not {dense + sliding}")
         repr(self.cache)

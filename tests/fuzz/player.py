@@ -8,16 +8,17 @@ import pickle
 import re
 import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from abuses import attempt
-from grammar import moves_keys
+from grammar import changes_tokens
 from passes import MAX_BATCH_SIZE, MAX_COLUMNS, Passes, is_clear
 from plan import Conversation, Operation
+from stored import attention_compared, check_same, selected, tokens_of
 from transcript import PropertyError, Transcript, require
 
 from pikv import PiKVCache
@@ -34,7 +35,7 @@ class Player(Passes):
             UnusableCacheError: if it makes no sense to go on.
             Exception: whatever is no clear error.
         """
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), attention_compared() if self.stores else nullcontext():
             warnings.simplefilter("ignore")
             getattr(self, operation.kind)(Random(operation.seed), **operation.options)
             self._check()
@@ -113,21 +114,24 @@ class Player(Passes):
         left = self.truth.columns - columns
         if not left:
             return
+        tokens = tokens_of(self.cache)
         if self._asks(lambda: self.cache.crop(-columns if from_end else left)):
+            check_same(tokens, self.cache, "a crop")
             self.truth.crop(left)
             self.moved += 1
 
     def mark(self, rng: Random) -> None:
-        self.marks.append((self.cache.mark(), self.truth.copy()))
+        self.marks.append((self.cache.mark(), self.truth.copy(), tokens_of(self.cache)))
 
     def rewind(self, rng: Random, mark: int) -> None:
         if not self.marks:
             return
-        mark, before = self.marks[mark % len(self.marks)]
+        mark, before, tokens = self.marks[mark % len(self.marks)]
         if self._asks(lambda: self.cache.rewind(mark)):
-            moved = self.truth.keys_moved
+            check_same(tokens, self.cache, "going to a mark")
+            moved = self.truth.tokens_changed
             self.truth = before.copy()
-            self.truth.keys_moved |= moved
+            self.truth.tokens_changed |= moved
             self.moved += 1
 
     def reset(self, rng: Random) -> None:
@@ -144,6 +148,7 @@ class Player(Passes):
             loaded = PiKVCache.load(path, self.model.config)
         before, nbytes = self.cache, self.cache.nbytes
         require(loaded.nbytes <= nbytes, f"{loaded.nbytes} bytes loaded, {nbytes} saved")
+        check_same(tokens_of(self.cache), loaded, "a file")
         if rng.random() < 0.7:
             self._replace_cache(loaded)
         else:
@@ -151,7 +156,9 @@ class Player(Passes):
             require(self.cache is before, "saving replaced the cache")
 
     def copy(self, rng: Random) -> None:
-        self._replace_cache(copy.deepcopy(self.cache))
+        copied = copy.deepcopy(self.cache)
+        check_same(tokens_of(self.cache), copied, "a copy")
+        self._replace_cache(copied)
 
     def pickle(self, rng: Random) -> None:
         cache = pickle.loads(pickle.dumps(self.cache))
@@ -163,10 +170,12 @@ class Player(Passes):
 
     def detour(self, rng: Random, columns: int, padding: str, press: int | None, how: str, chunk_size: int | None) -> None:
         """A copy goes another way; the cache must not notice."""
+        tokens = tokens_of(self.cache)
         with self._aside(copy.deepcopy(self.cache)):
             self.turn(rng, columns, padding, press, how, chunk_size)
             self.decode(rng, 2, False, None)
             self.truth.compare(self.model)
+        check_same(tokens, self.cache, "another way of a copy")
 
     def select(self, rng: Random) -> None:
         size = len(self.truth.sequences)
@@ -175,14 +184,16 @@ class Player(Passes):
             return
         chosen = self.cache.select(indices if rng.random() < 0.5 else torch.tensor(indices))
         self.truth.observe(self.cache, may_evict=False)
+        check_same(selected(tokens_of(self.cache), indices, self.truth.num_kv_heads), chosen, "a selection")
         self._replace_cache(chosen, self.truth.select(indices))
 
     def repeat(self, rng: Random, times: int) -> None:
         size = len(self.truth.sequences)
         if not self.truth.columns or size * times > MAX_BATCH_SIZE:
             return
-        repeated = self.cache.repeat(times)
-        self._replace_cache(repeated, self.truth.select([b for b in range(size) for _ in range(times)]))
+        repeated, indices = self.cache.repeat(times), [b for b in range(size) for _ in range(times)]
+        check_same(selected(tokens_of(self.cache), indices, self.truth.num_kv_heads), repeated, "a repetition")
+        self._replace_cache(repeated, self.truth.select(indices))
 
     def concat(self, rng: Random, columns: int, padding: str, press: int | None) -> None:
         """What a copy of some sequences became on a way of its own comes back beside the others."""
@@ -202,6 +213,7 @@ class Player(Passes):
         except ValueError as error:
             require("turned to positions without gaps" in str(error), str(error))
             return
+        check_same(tokens_of(caches[0]), joined, "a concatenation")
         if joined.forward_pass.is_padded_in_front:
             counts = joined.attention_mask().sum(1)
             require(torch.equal(counts, truth.mask.sum(1)), f"attention_mask() has {counts.tolist()} tokens")
@@ -235,7 +247,7 @@ class Player(Passes):
         require(seen in whole_or_none, f"after an interruption layers have seen {sorted(seen)} columns")
         if seen == whole_or_none[1]:
             self.truth.read(ids, mask)
-        self.truth.keys_moved |= press is not None and moves_keys(self.conversation.presses[press])
+        self.truth.tokens_changed |= press is not None and changes_tokens(self.conversation.presses[press])
         self.truth.observe(self.cache, may_evict)
         self._forget_stats()
 

@@ -59,7 +59,11 @@ class Transcript:
         self.mask = torch.zeros((batch_size, 0), dtype=torch.long)
         empty = torch.zeros((num_kv_heads, 0), dtype=torch.long)
         self.sequences = [Sequence({layer: empty.clone() for layer in layers}) for _ in range(batch_size)]
-        self.keys_moved = False  # to positions that the oracle does not know
+        self.tokens_changed = False  # to others than the oracle knows
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(next(iter(self.sequences[0].died.values())))
 
     @property
     def columns(self) -> int:
@@ -109,7 +113,7 @@ class Transcript:
         whole.ids = torch.cat([padded(self.ids), padded(other.ids)])
         whole.mask = torch.cat([padded(self.mask), padded(other.mask)])
         whole.sequences += copy.deepcopy(other.sequences)
-        whole.keys_moved = self.keys_moved or other.keys_moved
+        whole.tokens_changed = self.tokens_changed or other.tokens_changed
         return whole
 
     def observe(self, cache: Any, may_evict: bool) -> dict[int, int]:
@@ -179,7 +183,7 @@ class Transcript:
         for b, sequence in enumerate(self.sequences):
             for position, logits in sequence.logits.items():
                 require(bool(logits.isfinite().all()), f"sequence {b}: logits at position {position} are not finite")
-        if self.keys_moved:
+        if self.tokens_changed:
             return
         if any(error > ATOL for _, _, error in self._errors(oracle_logits(model, self.ids, self.mask, self.evictions()))):
             # For some words the oracle is itself not as exact in float32: in double precision it is.

@@ -171,6 +171,7 @@ def test_layers_can_be_left_out(llama):
     prefill(llama, batch_of([150])[0], cache, QuantizedPress(4, skip_layers=[0, 2]))
     formats = [{segment.format for segment in cache.rows(layer).blocks[0].segments} for layer in range(3)]
     assert formats == [{"dense"}, {"dense", "int"}, {"dense"}]
+    assert repr(QuantizedPress(4, skip_layers=(0, 2))) == "QuantizedPress(skip_layers=[0, 2])"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,10 @@ def test_layers_can_be_left_out(llama):
         ("int4", {"window_size": -1}, "window_size"),
         ("int4", {"skip_layers": "all"}, "skip_layers must be layers or 'auto', not 'all'"),
         ("int4", {"skip_layers": "auto", "check": False}, "needs check=True"),
+        ("int4", {"skip_layers": 0}, "skip_layers must be layers or 'auto', not 0"),
+        ("int4", {"skip_layers": None}, "skip_layers must be layers or 'auto', not None"),
+        ("int4", {"skip_layers": [1.0]}, r"skip_layers must be layers or 'auto', not \[1.0\]"),
+        ("int4", {"symmetric": "no"}, "symmetric must be True or False, not 'no'"),
     ],
 )
 def test_wrong_settings_are_refused(spec, options, said):

@@ -23,6 +23,7 @@ from pikv.presses import (
     PyramidKVPress,
     SnapKVPress,
     StreamingLLMPress,
+    get_press,
 )
 from pikv.scoring.token_state import NestedStates
 from tiny import batch_of, build
@@ -207,6 +208,16 @@ def test_keys_are_turned_in_chunks_of_a_padded_batch_as_alone(llama):
             expected = alone.rows(layer).blocks[0].dense()[0]
             found = torch.stack([keys[b * 4 + g][0].dense()[0][keys[b * 4 + g][1]] for g in range(4)])
             torch.testing.assert_close(found, expected)
+
+
+def test_a_chunk_of_nothing_but_padding_is_read_by_presses_that_share_out_over_layers(llama):
+    press = get_press("snapkv:0.2+criticalkv(cake):0.5")
+    ids, mask = batch_of([10, 7])
+    cache = PiKVCache(llama.config)
+    ids, mask = (torch.nn.functional.pad(each, (4, 0)) for each in (ids, mask))
+    prefill(llama, ids, cache, press, chunk_size=4, attention_mask=mask)
+    cache.check_integrity()
+    assert 0 < int(cache.lengths(0).sum()) < 4 * 17
 
 
 @pytest.mark.parametrize(

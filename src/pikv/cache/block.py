@@ -209,12 +209,14 @@ class RowBlock:
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from ``length`` on."""
-        while length < self.num_sealed:
-            segment = self.sealed.pop()
-            if (rest := length - self.num_sealed) > 0:
-                indices = torch.arange(rest, device=segment.location).expand(segment.num_rows, -1)
-                self.sealed.append(segment.gather(range(segment.num_rows), indices))
-        self.tail.truncate(length - self.num_sealed)
+        self.tail.truncate(max(0, length - self.num_sealed))  # from the end: what is interrupted here can be done again
+        while (excess := self.num_sealed - length) > 0:
+            segment = self.sealed[-1]
+            if excess < segment.length:
+                indices = torch.arange(segment.length - excess, device=segment.location).expand(segment.num_rows, -1)
+                self.sealed[-1] = segment.gather(range(segment.num_rows), indices)
+            else:
+                self.sealed.pop()
 
     def fit(self) -> None:
         """Gives back spare capacity, down to what tokens stored at once are given."""
@@ -223,15 +225,15 @@ class RowBlock:
             self.tail.reserve(capacity)
             self._set_positions(None if self._positions is None else self.kept_positions())
 
-    def seal(self, sealing: Sealing) -> bool:
-        """Stores the oldest dense tokens in a format, as many as ``sealing`` says; returns whether there were any.
+    def seal(self, sealing: Sealing) -> None:
+        """Stores the oldest dense tokens in a format, as many as ``sealing`` says.
 
         What was sealed before stays as it is, but for segments that are joined: the later of two is always the shorter one,
         so that there are few of them and each token is seldom moved.
         """
         first, count = sealing.span(self.num_sealed, self.tail.length)
         if count == 0:
-            return False
+            return
         keys, values = self.tail.dense()
         sealed = list(self.sealed)
         if first:
@@ -247,7 +249,6 @@ class RowBlock:
         kept_positions = None if self._positions is None else self.kept_positions()
         self.sealed, self.tail = sealed, tail
         self._set_positions(kept_positions)
-        return True
 
     def unseal(self) -> None:
         """Stores all tokens as dense ones again."""

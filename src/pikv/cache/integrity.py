@@ -14,6 +14,7 @@ def check_blocks(blocks: Sequence[RowBlock], seen: Sequence[int], num_kv_heads: 
     """
     row_ids = sorted(row for block in blocks for row in block.row_ids)
     assert row_ids == list(range(len(seen) * num_kv_heads)), f"rows lost or shared: {row_ids}"
+    assert len({(block.tail.dtype, block.tail.key_dim, block.tail.value_dim) for block in blocks}) == 1, "unlike rows"
     for block in blocks:
         block.check_integrity(with_values=with_values)
         seen_by_row = [seen[row // num_kv_heads] for row in block.row_ids]

@@ -195,11 +195,13 @@ class RaggedRows:
         Raises:
             NotFiniteError: if the format cannot hold what there is.
         """
+        if not any(self.sequences_to_seal(sealing)):
+            return
+        self.num_lossy_changes += 1  # first: what is interrupted here may have changed some blocks
         with plain_tensors():
-            num_sealed = sum(block.seal(sealing) for block in self.blocks)
-            if num_sealed:
-                self.num_lossy_changes += 1
-                self._set_blocks(merge(self.blocks))
+            for block in self.blocks:
+                block.seal(sealing)
+            self._set_blocks(merge(self.blocks))
 
     def unseal(self) -> None:
         """Stores all tokens as dense ones again, decoded; what the formats lost stays lost."""

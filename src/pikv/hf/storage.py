@@ -147,8 +147,8 @@ def _read_contents(metadata: dict[str, str]) -> State:
         raise ValueError("it is not a PiKV cache")
     if metadata.get("version") not in _READABLE:
         *older, newest = _READABLE
-        found = metadata.get("version")
-        raise ValueError(f"its format version is {found}, this release reads {', '.join(older)} and {newest}")
+        said = f"{', '.join(older)} and {newest}"
+        raise ValueError(f"its format version is {metadata.get('version')}, this release reads {said}")
     contents = metadata.get("contents", "")
     if metadata.get("checksum") != _checksum(contents.encode()):
         raise ValueError("it is damaged: the description of its contents does not match its checksum")

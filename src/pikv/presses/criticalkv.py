@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pikv.checks import check_share
 from pikv.core import LayerView
@@ -36,7 +37,7 @@ class CriticalScorer(WrappingScorer):
         ranks = scores.masked_fill(hidden, float("-inf")).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         num_first = (view.budget.double() * self.first_stage_ratio).floor().long().unsqueeze(2).to(ranks.device)
         # A larger value must never make a token less important.
-        lowest = scores.masked_fill(hidden, 0.0).amin(2, keepdim=True).clamp(max=0)
+        lowest = pad(scores.masked_fill(hidden, 0.0), (0, 1)).amin(2, keepdim=True)  # at most 0, also where nothing is held
         products = (scores - lowest + self.epsilon) * output_norms(view).mean(2)
         comes_first = (ranks < num_first) | scores.isposinf()  # infinity times a norm of 0 is no number
         return torch.where(comes_first, float("inf"), products)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -68,7 +68,8 @@ class StoragePress(BasePress):
         super().__init__()
         self.num_sinks = check_count(num_sinks, "num_sinks", least=0)
         self.window_size = check_count(window_size, "window_size", least=0)
-        if isinstance(skip_layers, str) and skip_layers != "auto":
+        are_layers = isinstance(skip_layers, Sequence | Set) and all(type(layer) is int for layer in skip_layers)
+        if skip_layers != "auto" and (isinstance(skip_layers, str) or not are_layers):
             raise ValueError(f"skip_layers must be layers or 'auto', not {skip_layers!r}")
         if skip_layers == "auto" and not check:
             raise ValueError("skip_layers='auto' needs check=True")
@@ -124,4 +125,5 @@ class StoragePress(BasePress):
         return {**super().get_stats(), "skipped_layers": list(self._skipped)}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._further_settings().removeprefix(', ')})"
+        skipped = "" if isinstance(self.skip_layers, str) or not self.skip_layers else f", skip_layers={list(self.skip_layers)}"
+        return f"{type(self).__name__}({(self._further_settings() + skipped).removeprefix(', ')})"

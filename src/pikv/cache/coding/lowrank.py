@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+_NOISE = 2.0**-23  # of the largest size, what float32 tells from zero
+
 
 def saves(rank: int, length: int, dim: int) -> bool:
     """Whether the factors of ``length`` vectors of ``dim`` elements are fewer numbers than the vectors."""
@@ -62,9 +64,10 @@ def factorize(
     if not saves(used, length, dim):
         return None
     # Both get a share of the size, which in float16 neither overflows nor vanishes so; powers of 2 leave the digits alone.
+    # What is below the rounding of the vectors says nothing of them: divided by a share of it, factors would overflow.
     sizes = squares[:, :used].sqrt()
-    # Sizes that are nothing but rounding beside the largest get none: they would blow up the rounding of the vectors.
-    shares = torch.where(sizes > 1e-6 * sizes[:, :1], sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
+    sizes = sizes.maximum(_NOISE * sizes[:, :1])
+    shares = torch.where(sizes > 0, sizes.log2().div(2).round().exp2(), 1.0).unsqueeze(-1)
     basis = directions[:, :used] * shares
     inverse = directions[:, :used] / shares
     if ranks is not None:

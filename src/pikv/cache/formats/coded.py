@@ -122,10 +122,30 @@ class CodedSegment(Segment):
             tensor.shape[0] != segment.num_rows for tensor in by_row.values()
         ):
             raise ValueError(f"the tensors of a {cls.format} segment are not of the same rows and tokens")
-        keys, values = segment.dense(0, 1)
-        if (keys.shape[-1], values.shape[-1]) != (dim, value_dim):
-            raise ValueError(f"a {cls.format} segment of other head dimensions than it says")
+        segment.check_tensors()
         return segment
+
+    def check_tensors(self) -> None:
+        """Raises ValueError unless the tensors are those that the format makes of tokens, of their data types and sizes."""
+        keys, values = (torch.zeros((1, 1, dim), dtype=self._dtype) for dim in self.dims)
+        expected = dict(self.settings.encode(keys, values).tensors)
+        expected |= {name: expected.get(name, like) for name, like in self.further_tensors().items() if name in self.tensors}
+        if self.tensors.keys() != expected.keys():
+            wrong = min(self.tensors.keys() ^ expected.keys())
+            raise ValueError(f"a {self.format} segment with other tensors than its settings ask for: {wrong!r}")
+        for name, like in expected.items():
+            self.check_tensor(name, like.dtype, tuple(like.shape[2:]))
+
+    def further_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that a segment may have besides those of one just encoded, by name, as for one token of one row."""
+        return {}
+
+    def check_tensor(self, name: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+        """Raises ValueError unless a tensor is ``[n, L or so, *size]`` of ``dtype``, or of another floating-point one."""
+        tensor = self.tensors[name]
+        is_alike = tensor.is_floating_point() and dtype == self._dtype  # under torch.autocast values may be of another one
+        if tensor.dim() != 2 + len(size) or tuple(tensor.shape[2:]) != size or not (tensor.dtype == dtype or is_alike):
+            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} do not fit into a {self.format} segment")
 
 
 def take_tokens(tensor: Tensor, indices: Tensor) -> Tensor:

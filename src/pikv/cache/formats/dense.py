@@ -85,6 +85,10 @@ class DenseSegment(Segment):
         return sum(tensor.shape[-1] * tensor.element_size() for tensor in (self._keys, self._values))
 
     @property
+    def key_dim(self) -> int:
+        return self._keys.shape[-1]
+
+    @property
     def value_dim(self) -> int:
         return self._values.shape[-1]
 
@@ -141,6 +145,8 @@ class DenseSegment(Segment):
         length, capacity = keys.shape[1], state["capacity"]
         if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2]:
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} are no rows of tokens")
+        if not keys.is_floating_point() or not values.is_floating_point():
+            raise ValueError(f"keys {keys.dtype} and values {values.dtype} cannot be computed with")
         # The same capacity as before, so that it grows, and is computed with, as before; a damaged one must not be allocated.
         if not isinstance(capacity, int) or not length <= capacity <= largest_capacity(length):
             raise ValueError(f"a capacity of {capacity} for {length} tokens")

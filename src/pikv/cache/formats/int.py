@@ -56,6 +56,9 @@ class IntFormat:
             object.__setattr__(self, name, check_count(getattr(self, name), name))
         if self.key_axis not in ("channel", "token"):
             raise ValueError(f"key_axis must be 'channel' or 'token', not {self.key_axis!r}")
+        for name in ("symmetric", "keep_lengths"):
+            if not isinstance(value := getattr(self, name), bool) and (name, value) != ("keep_lengths", None):
+                raise ValueError(f"{name} must be True or False, not {value!r}")
 
     @property
     def keeps_lengths(self) -> bool:
@@ -250,9 +253,13 @@ class IntSegment(CodedSegment):
         segment = super().from_state(tensors, state, device)
         if segment.by_row and segment.length:
             groups = segment._groups(0, segment.length)
-            if int(groups.min()) < 0 or int(groups.max()) >= segment.num_groups:
+            num_groups = min(tensor.shape[1] for tensor in segment.by_row.values())
+            if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
                 raise ValueError("tokens of groups that have no scales")
         return segment
+
+    def further_tensors(self) -> Mapping[str, Tensor]:
+        return {"key_groups": torch.zeros((1, 1), dtype=torch.int16)} if self.by_row else {}
 
 
 def _in_groups(numbers: Tensor, size: int) -> Tensor:

@@ -124,6 +124,19 @@ class LoraSegment(CodedSegment):
         count = torch.arange(start, stop, dtype=torch.int32, device=self.location)
         return self.by_row["starts"].unsqueeze(1) + count
 
+    def check_tensors(self) -> None:
+        """See ``CodedSegment``; ranks are those of the matrices, which settings do not name."""
+        expected = {"key_codes", "key_up", "value_codes", "value_up"}
+        places = {"positions", "starts"} & self.tensors.keys()
+        if self.tensors.keys() != expected | places or len(places) != (self.settings.rope is not None):
+            raise ValueError(f"a {self.format} segment with other tensors than its settings ask for")
+        for name, dim in zip(("key", "value"), self.dims, strict=True):
+            self.check_tensor(f"{name}_up", self.dtype, (dim,))
+            self.check_tensor(f"{name}_codes", self.dtype, (self.by_row[f"{name}_up"].shape[1],))
+        for name in places:
+            if self.tensors[name].dtype != torch.int32 or self.tensors[name].dim() != 1 + (name == "positions"):
+                raise ValueError(f"{name} {self.tensors[name].dtype} do not fit into a {self.format} segment")
+
     def gather(self, members: Sequence[int], indices: Tensor | None = None) -> Self:
         gathered = super().gather(members, indices)
         if indices is None or self.settings.rope is None or "positions" in self.by_token:

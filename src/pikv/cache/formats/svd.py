@@ -159,11 +159,22 @@ class SvdSegment(CodedSegment):
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Self:
-        segment = super().from_state(tensors, state, device)
         for name in ("key", "value"):
             if (f"{name}s" in tensors) == (f"{name}_factors" in tensors):
                 raise ValueError(f"a {cls.format} segment with {name}s in two forms, or in none")
-        return segment
+        return super().from_state(tensors, state, device)
+
+    def check_tensors(self) -> None:
+        sizes: dict[str, tuple[int, ...]] = {"positions": ()} if "positions" in self.by_token else {}
+        for name, dim in zip(("key", "value"), self.dims, strict=True):
+            if f"{name}s" in self.by_token:
+                sizes[f"{name}s"] = (dim,)
+            elif (basis := self.by_row.get(f"{name}_basis")) is not None:
+                sizes |= {f"{name}_factors": tuple(basis.shape[1:2]), f"{name}_basis": (dim,)}
+        if wrong := self.tensors.keys() ^ sizes.keys():
+            raise ValueError(f"a {self.format} segment with other tensors than its settings ask for: {min(wrong)!r}")
+        for name, size in sizes.items():
+            self.check_tensor(name, torch.int32 if name == "positions" else self._dtype, size)
 
 
 def _gaps(positions: Tensor) -> Tensor | None:
