@@ -13,8 +13,9 @@ from pikv.cache.coding.packing import planes_of
 
 MOST_QUERIES = 32
 """For more queries of a row it is cheaper to decode the tokens once and multiply them as they are."""
-_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Numbers that are converted at a time: what the caches of a processor hold, or what keeps a device busy."""
+_ALONE, _TOGETHER = 1 << 19, 1 << 22
+"""Numbers that are converted at a time: what a processor's cache holds; for each of several threads, which else wait for each
+other, and for a device, more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +79,9 @@ def attend_codes(
 def _spans(packed: PackedCodes, group: int) -> list[tuple[int, int, int]]:
     """Which tokens to convert at a time, ``(start, stop, first group)``: whole groups of tokens, and what is left."""
     length = packed.codes.shape[1]
-    tokens = _ELEMENTS.get(packed.codes.device.type, 1 << 22) // (packed.codes.shape[0] * packed.dim)
+    threads = torch.get_num_threads() if packed.codes.device.type == "cpu" else 1
+    elements = _ALONE if threads == 1 and packed.codes.device.type == "cpu" else threads * _TOGETHER
+    tokens = elements // (packed.codes.shape[0] * packed.dim)
     size = max(1, tokens // group) * group
     whole = length - length % group
     spans = [(start, min(start + size, whole), start // group) for start in range(0, whole, size)]
@@ -104,17 +107,18 @@ def _logits(queries: Tensor, keys: PackedCodes, group: int, start: int, stop: in
 def _weighted(weights: Tensor, values: PackedCodes, channel_group: int) -> Tensor:
     """Sums of all values by weights ``[n, q, L]``, ``[n, q, Dv]``."""
     num_groups = values.scales.shape[2]
-    sums = weights.new_zeros((weights.shape[0], num_groups * weights.shape[1], values.dim))
+    sums: dict[int, Tensor] = {}  # by the first of the channels that lie together in bytes
     for start, stop, _ in _spans(values, 1):
         part = weights[:, :, start:stop].unsqueeze(1)  # by group of channels, whose scales differ
         scaled = part * values.scales[:, start:stop].float().transpose(1, 2).unsqueeze(2)
         scaled = scaled.flatten(1, 2)
         for channels, numbers in values.planes(start, stop):
-            sums[..., channels].baddbmm_(scaled, numbers)
-    sums = sums.unflatten(1, (num_groups, -1))
+            before = sums.get(channels.start)
+            sums[channels.start] = torch.bmm(scaled, numbers) if before is None else before.baddbmm_(scaled, numbers)
+    total = torch.cat(list(sums.values()), dim=2).unflatten(1, (num_groups, -1))
     floor = weights @ values.lowest.float()  # [n, q, groups]
     found = [
-        sums[:, group, :, group * channel_group : (group + 1) * channel_group] + floor[:, :, group : group + 1]
+        total[:, group, :, group * channel_group : (group + 1) * channel_group] + floor[:, :, group : group + 1]
         for group in range(num_groups)
     ]
     return torch.cat(found, dim=2)
