@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from grammar import NAMESPACE, changes_tokens, stores
 from plan import Conversation
-from stored import Tokens, check_bytes
+from stored_tokens import Tokens, check_bytes
 from torch import Tensor
 from transcript import Transcript, require
 

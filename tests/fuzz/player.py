@@ -18,7 +18,7 @@ from abuses import attempt
 from grammar import changes_tokens
 from passes import MAX_BATCH_SIZE, MAX_COLUMNS, Passes, is_clear
 from plan import Conversation, Operation
-from stored import attention_compared, check_same, selected, tokens_of
+from stored_tokens import attention_compared, check_same, selected, tokens_of
 from transcript import PropertyError, Transcript, require
 
 from pikv import PiKVCache
