@@ -61,7 +61,8 @@ class IntFormat:
                 raise ValueError(f"{name} must be True or False, not {value!r}")
 
     @property
-    def keeps_lengths(self) -> bool:
+    def has_key_factors(self) -> bool:
+        """Whether keys keep their lengths, once nothing said means what is best for their bits."""
         return self.key_bits == 2 if self.keep_lengths is None else self.keep_lengths
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> IntSegment:
@@ -74,7 +75,7 @@ class IntFormat:
         }
         by_row = {name: stored.pop(name) for name in list(stored) if name in IntSegment.row_names}
         segment = IntSegment(self, stored, by_row, (keys.shape[-1], values.shape[-1]), keys.dtype)
-        if self.keeps_lengths:
+        if self.has_key_factors:
             segment.by_token["key_factors"] = torch.cat(
                 [segment.factors_for(keys, tile.start, tile.stop) for tile in tiles(keys.shape[1], size)], 1
             )

@@ -37,8 +37,8 @@ def _presses_at_equal_bytes(data: Data, settings: RouterSettings, progress: Prog
     evicting = [*([CALIBRATED] if calibration_of(data.model) else []), *EVICTING]
     advance = progress("finding ratios", len(FACTORS) * len(evicting) * (len(FORMATS) + 1))
 
-    def held(press: BasePress) -> float:
-        cache = read(data.model, context, press).cache
+    def held(evictor: str, name: str | None, ratio: float) -> float:
+        cache = read(data.model, context, _both(evictor, ratio, name)).cache
         return cache.nbytes / cache.dense_nbytes
 
     builders: dict[str, Builder] = {name: _builder(partial(_format, name)) for name in FORMATS}
@@ -46,7 +46,7 @@ def _presses_at_equal_bytes(data: Data, settings: RouterSettings, progress: Prog
         for evictor in evicting:
             for name in (None, *FORMATS):
                 advance(1, f"{evictor} and {name}, {factor}x" if name else f"{evictor}, {factor}x")
-                ratio = _ratio_for(1 / factor, lambda ratio, name=name, evictor=evictor: held(_both(evictor, ratio, name)))  # type: ignore[misc]
+                ratio = _ratio_for(1 / factor, partial(held, evictor, name))
                 if ratio is not None:
                     label = f"{evictor}:{ratio:g}" + (f"+{name}" if name else "")
                     builders[label] = _builder(partial(_both, evictor, ratio, name))
